@@ -1,0 +1,101 @@
+"""Rust core. Arrays cross as contiguous numpy arrays, `data` ones as their raw little-endian bytes (uint8, 1-D); inputs are never copied.
+
+Errors raised: `T2NErrorInvalidArgument`, `T2NErrorImpossibleQuantization`, `T2NErrorInconsistentTensor`, `T2NErrorNotFoundFile`,
+`T2NErrorTract`, `T2NErrorRuntime` (system errors and panics), `KeyboardInterrupt`.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, Literal, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+Bytes = NDArray[np.uint8]
+FloatName = Literal["f32", "f16", "bf16"]
+Encoder = Literal["signed_extreme", "abs_max", "min_max", "scale_search"]
+
+def q40_quantize(
+    data: Bytes, dtype: FloatName, encoder: Encoder, percentile: float, name: str, codes: Bytes, scales: Bytes
+) -> None:
+    """Quantize `n` floats (n % 32 == 0) into `codes` (n/2 bytes: byte i of a group = element i low, i+16 high nibble) and `scales` (f16, n/32)."""
+
+def q40_quantize_with_scales(data: Bytes, dtype: FloatName, name: str, scales: Bytes, codes: Bytes) -> None:
+    """Round `data` onto the grid of given f16 `scales` (one a group of 32): code = clamp(round(x / scale) + 8, 0, 15)."""
+
+def q40_dequantize(codes: Bytes, scales: Bytes, dtype: FloatName, data: Bytes) -> None:
+    """`data[i] = (code[i] - 8) * scale`, computed in f32 and rounded once to `dtype`."""
+
+def q40_join(codes: Bytes, scales: Bytes, blocks: Bytes) -> None:
+    """Interleave planes into GGUF Q4_0 blocks (18 bytes a group of 32: f16 scale, 16 code bytes)."""
+
+def q40_split(blocks: Bytes, codes: Bytes, scales: Bytes) -> None:
+    """Inverse of `q40_join`."""
+
+def read_dat(path: str | PathLike[str]) -> tuple[str, list[int], Bytes]:
+    """`(dtype, shape, payload)` of an NNEF `.dat`; dtype is a tract name ("f32", "i64", "bool", ...) or "q40" (payload: blocks)."""
+
+def write_dat(path: str | PathLike[str], dtype: str, shape: Sequence[int], data: Bytes) -> None:
+    """Write one `.dat` atomically."""
+
+def write_dat_q40(path: str | PathLike[str], shape: Sequence[int], codes: Bytes, scales: Bytes) -> None:
+    """Write one Q40 `.dat` (item type 0x3040) atomically."""
+
+@final
+class ArchiveWriter:
+    """Writes beside `path`, and replaces it in one rename at `finish`. Entries keep the order they are added in."""
+
+    def __new__(
+        cls, path: str | PathLike[str], form: Literal["folder", "tar", "tgz"], compression_level: int = 0
+    ) -> ArchiveWriter: ...
+    def add_text(self, name: str, text: str) -> None:
+        """A text entry: `graph.nnef`, `graph.quant`."""
+
+    def add_tensor(self, label: str, dtype: str, shape: Sequence[int], data: Bytes) -> None: ...
+    def add_q40(self, label: str, shape: Sequence[int], codes: Bytes, scales: Bytes) -> None: ...
+    def add_dat_file(self, label: str, path: str | PathLike[str]) -> None:
+        """Copy a `.dat` from disk, streamed, after its header was checked against its size."""
+
+    def finish(self) -> int:
+        """Put the archive in place; bytes on disk."""
+
+    def abort(self) -> None:
+        """Remove what was written. Idempotent; `finish` after it raises."""
+
+def archive_entries(path: str | PathLike[str]) -> list[tuple[str, int]]:
+    """`(name, size in bytes)` of every entry of a folder, tar or tgz, without unpacking to disk."""
+
+def archive_read(path: str | PathLike[str], name: str, max_bytes: int) -> bytes:
+    """One entry; `T2NErrorInconsistentTensor` if it is larger than `max_bytes`."""
+
+def preflight(path: str | PathLike[str]) -> None:
+    """Refuse (`T2NErrorTract`) an archive that could crash tract: nesting, fragment cycles, declared sizes, entry names."""
+
+@final
+class Model:
+    """An archive loaded, optimized and ready in tract. Immutable; `run` may be called from several threads."""
+
+    @staticmethod
+    def load(path: str | PathLike[str], outputs: Sequence[str] | None = None) -> Model:
+        """Load a folder, tar or tgz. `outputs`: assignment names of graph.nnef to output instead of the graph's results."""
+
+    @staticmethod
+    def load_bytes(data: bytes, outputs: Sequence[str] | None = None) -> Model: ...
+    @property
+    def inputs(self) -> list[tuple[str, str, list[int | str]]]:
+        """`(name, dtype, shape)`; a symbolic dimension is its expression as text, e.g. `"B"`, `"S+P"`."""
+
+    @property
+    def outputs(self) -> list[tuple[str, str, list[int | str]]]: ...
+    @property
+    def properties(self) -> dict[str, Any]:
+        """Archive properties: str, or numpy array."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of constants tract holds (packed blocks counted as they are held)."""
+
+    def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """One stateless run, inputs in order; dtype or shape that does not fit -> `T2NErrorInvalidArgument`."""
