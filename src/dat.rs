@@ -21,13 +21,11 @@ pub use payload::{Exactly, Q40Planes};
 
 use crate::error::{Error, Result};
 use crate::fsio::AtomicFile;
+use crate::q40::GROUP_SIZE;
+use crate::q40::block::BLOCK_BYTES;
 
 /// Bytes of an encoded [`Header`].
 pub const HEADER_LEN: usize = 128;
-/// Elements in a Q40 group.
-const GROUP_SIZE: u64 = 32;
-/// Bytes of a Q40 block.
-const BLOCK_LEN: u64 = 18;
 /// Bytes written at a time.
 pub const COPY_LEN: usize = 1 << 20;
 const MAGIC_AND_VERSION: [u8; 4] = [0x4e, 0xef, 1, 0];
@@ -159,11 +157,11 @@ impl Header {
         let len = count(&dims).ok_or_else(|| refuse("the number of elements overflows"))?;
         let payload_len = if dtype == DatType::Q40 {
             let row = dims.get(1..).filter(|rest| !rest.is_empty()).and_then(count);
-            if row.is_none_or(|row| row % GROUP_SIZE != 0) {
+            if row.is_none_or(|row| row % GROUP_SIZE as u64 != 0) {
                 let why = "Q40 needs rank >= 2 and a multiple of 32 elements for each index of the first dimension";
                 return Err(Error::ImpossibleQuantization(format!("shape {shape:?}: {why}")));
             }
-            (len / GROUP_SIZE).checked_mul(BLOCK_LEN)
+            (len / GROUP_SIZE as u64).checked_mul(BLOCK_BYTES as u64)
         } else {
             len.checked_mul((dtype.code().1 / 8).into())
         };

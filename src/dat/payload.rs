@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
+use crate::q40::block::BLOCK_BYTES;
+use crate::q40::{self, CODE_BYTES, SCALE_BYTES};
 
 /// A reader that yields exactly `len` bytes of another, or fails; it also fails once `stop` is true.
 pub struct Exactly<'a, R> {
@@ -41,11 +43,8 @@ impl<R: Read> Read for Exactly<'_, R> {
     }
 }
 
-/// Groups interleaved at a time: their blocks and planes stay in the L2 cache.
-const CHUNK_GROUPS: usize = 1 << 12;
-const SCALE_LEN: usize = 2;
-const CODES_LEN: usize = 16;
-const BLOCK_LEN: usize = SCALE_LEN + CODES_LEN;
+/// Groups interleaved at a time: about 1 MiB of blocks.
+const CHUNK_GROUPS: usize = 1 << 16;
 
 /// Q40 planes read as blocks.
 pub struct Q40Planes<'a> {
@@ -58,7 +57,8 @@ pub struct Q40Planes<'a> {
 impl<'a> Q40Planes<'a> {
     /// `codes`: 16 bytes a group; `scales`: one f16 a group.
     pub fn new(codes: &'a [u8], scales: &'a [u8]) -> Result<Self> {
-        if codes.len() / CODES_LEN != scales.len() / SCALE_LEN || codes.len() % CODES_LEN + scales.len() % SCALE_LEN > 0
+        if codes.len() / CODE_BYTES != scales.len() / SCALE_BYTES
+            || codes.len() % CODE_BYTES + scales.len() % SCALE_BYTES > 0
         {
             let (codes, scales) = (codes.len(), scales.len());
             let why =
@@ -70,34 +70,26 @@ impl<'a> Q40Planes<'a> {
 
     /// Bytes of all blocks, before any was read.
     pub fn blocks_len(&self) -> usize {
-        self.codes.len() / CODES_LEN * BLOCK_LEN
+        self.codes.len() / CODE_BYTES * BLOCK_BYTES
     }
 
-    fn refill(&mut self) {
-        let groups = CHUNK_GROUPS.min(self.codes.len() / CODES_LEN);
-        let (codes, more_codes) = self.codes.split_at(groups * CODES_LEN);
-        let (scales, more_scales) = self.scales.split_at(groups * SCALE_LEN);
+    fn refill(&mut self) -> Result<()> {
+        let groups = CHUNK_GROUPS.min(self.codes.len() / CODE_BYTES);
+        let (codes, more_codes) = self.codes.split_at(groups * CODE_BYTES);
+        let (scales, more_scales) = self.scales.split_at(groups * SCALE_BYTES);
         (self.codes, self.scales, self.taken) = (more_codes, more_scales, 0);
-        self.blocks.resize(groups * BLOCK_LEN, 0);
-        join(codes, scales, &mut self.blocks);
+        self.blocks.resize(groups * BLOCK_BYTES, 0);
+        q40::join(codes, scales, &mut self.blocks)
     }
 }
 
 impl Read for Q40Planes<'_> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if self.taken == self.blocks.len() {
-            self.refill();
+            self.refill().map_err(io::Error::other)?;
         }
         let got = (&self.blocks[self.taken..]).read(out)?;
         self.taken += got;
         Ok(got)
-    }
-}
-
-fn join(codes: &[u8], scales: &[u8], blocks: &mut [u8]) {
-    let groups = codes.chunks_exact(CODES_LEN).zip(scales.chunks_exact(SCALE_LEN));
-    for (block, (codes, scale)) in blocks.chunks_exact_mut(BLOCK_LEN).zip(groups) {
-        block[..SCALE_LEN].copy_from_slice(scale);
-        block[SCALE_LEN..].copy_from_slice(codes);
     }
 }

@@ -3,16 +3,15 @@
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::boundary::{native, native_short, to_py};
+use super::boundary::{native, native_short};
+use super::q40::{Bytes, input};
 use crate::archive::{self, Form};
 use crate::dat::{self, DatType, Header, Q40Planes};
 use crate::error::{Error, Result};
-
-type Bytes<'py> = Bound<'py, PyArray1<u8>>;
 
 #[pyfunction]
 pub fn read_dat<'py>(py: Python<'py>, path: PathBuf) -> PyResult<(&'static str, Vec<usize>, Bytes<'py>)> {
@@ -141,10 +140,4 @@ fn q40_payload<'a>(shape: &[usize], codes: &'a [u8], scales: &'a [u8]) -> Result
     let (header, planes) = (Header::new(DatType::Q40, shape)?, Q40Planes::new(codes, scales)?);
     header.check_payload(planes.blocks_len())?;
     Ok((header, planes))
-}
-
-fn input<'py>(array: &Bytes<'py>, what: &str) -> PyResult<PyReadonlyArray1<'py, u8>> {
-    let unusable = |why: String| to_py(array.py(), &Error::InvalidArgument(format!("{what} cannot be read: {why}")));
-    let view = array.try_readonly().map_err(|e| unusable(e.to_string()))?;
-    if view.is_c_contiguous() { Ok(view) } else { Err(unusable("it is not contiguous".into())) }
 }

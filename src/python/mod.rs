@@ -2,6 +2,7 @@
 
 mod archive;
 mod boundary;
+mod q40;
 
 use pyo3::prelude::*;
 
@@ -15,5 +16,10 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(archive::write_dat_q40, m)?)?;
     m.add_function(wrap_pyfunction!(archive::archive_entries, m)?)?;
     m.add_function(wrap_pyfunction!(archive::archive_read, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_quantize, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_quantize_with_scales, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_dequantize, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_join, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_split, m)?)?;
     Ok(())
 }
