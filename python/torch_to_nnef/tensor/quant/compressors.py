@@ -12,7 +12,7 @@ import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ class _BytesCodec(U8Compressor):
 
     @abstractmethod
     def decode(self, data: memoryview, size: int) -> bytes:
-        """Restore at most `size` bytes."""
+        """Restore the `size` bytes; raises if the stream is damaged or cut."""
 
     def compress(self, u8_tensor: torch.Tensor) -> torch.Tensor:
         """Blob of a header and the encoded bytes."""
@@ -139,8 +139,8 @@ class Lzma(_BytesCodec):
         return lzma.compress(data, preset=self.preset)
 
     def decode(self, data: memoryview, size: int) -> bytes:
-        """Restore at most `size` bytes."""
-        return lzma.LZMADecompressor(format=lzma.FORMAT_XZ).decompress(bytes(data), max_length=size) if size else b""
+        """Restore the `size` bytes; raises if the stream is damaged or cut."""
+        return _whole(lzma.LZMADecompressor(format=lzma.FORMAT_XZ), data, size)
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,16 @@ class Huffman(_BytesCodec):
         return deflate.compress(data) + deflate.flush()
 
     def decode(self, data: memoryview, size: int) -> bytes:
-        """Restore at most `size` bytes."""
-        return zlib.decompressobj().decompress(data, size) if size else b""
+        """Restore the `size` bytes; raises if the stream is damaged or cut."""
+        return _whole(zlib.decompressobj(), data, size)
+
+
+def _whole(decoder: Any, data: memoryview, size: int) -> bytes:
+    # One byte more than expected: the decoder then runs to the end of its stream and checks its checksum.
+    restored: bytes = decoder.decompress(bytes(data), size + 1)
+    if not decoder.eof:
+        raise EOFError("the stream does not end where it should")
+    return restored
 
 
 def _check_range(codes: torch.Tensor, n_bits: int) -> None:
