@@ -91,7 +91,10 @@ pub fn to_py(py: Python<'_>, error: &Error) -> PyErr {
         Error::Io { .. } | Error::Panic(_) | Error::Interrupted => "T2NErrorRuntime",
         Error::Tract(_) => "T2NErrorTract",
     };
-    match py.import("torch_to_nnef.exceptions").and_then(|m| m.getattr(class)?.cast_into::<PyType>().map_err(Into::into)) {
+    match py
+        .import("torch_to_nnef.exceptions")
+        .and_then(|m| m.getattr(class)?.cast_into::<PyType>().map_err(Into::into))
+    {
         Ok(class) => PyErr::from_type(class, error.to_string()),
         Err(missing) => missing,
     }

@@ -1,6 +1,7 @@
 //! The pyo3 layer: check, detach, call, map errors. The only folder that names pyo3.
 
 mod boundary;
+mod q40;
 
 use pyo3::prelude::*;
 
@@ -8,5 +9,10 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add_function(wrap_pyfunction!(q40::q40_quantize, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_quantize_with_scales, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_dequantize, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_join, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_split, m)?)?;
     Ok(())
 }

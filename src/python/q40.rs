@@ -1,0 +1,98 @@
+//! Q40 on numpy arrays of bytes.
+
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+
+use super::boundary::{native, native_short, to_py};
+use crate::error::Error;
+use crate::q40::{self, Encoder, FloatType};
+
+type Bytes<'py> = Bound<'py, PyArray1<u8>>;
+
+/// See `_native.pyi`, as for the other functions here.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the contract of _native.pyi")]
+pub fn q40_quantize(
+    py: Python<'_>,
+    data: &Bytes<'_>,
+    dtype: &str,
+    encoder: &str,
+    percentile: f64,
+    name: &str,
+    codes: &Bytes<'_>,
+    scales: &Bytes<'_>,
+) -> PyResult<()> {
+    let encoder = Encoder::new(encoder, percentile).map_err(|e| to_py(py, &e))?;
+    let float = float_type(py, dtype)?;
+    let (data, mut codes, mut scales) = (input(data, "data")?, output(codes, "codes")?, output(scales, "scales")?);
+    let (data, codes, scales) = (data.as_slice()?, codes.as_slice_mut()?, scales.as_slice_mut()?);
+    native(py, |stop| q40::quantize(data, float, encoder, name, codes, scales, stop))
+}
+
+#[pyfunction]
+pub fn q40_quantize_with_scales(
+    py: Python<'_>,
+    data: &Bytes<'_>,
+    dtype: &str,
+    name: &str,
+    scales: &Bytes<'_>,
+    codes: &Bytes<'_>,
+) -> PyResult<()> {
+    let float = float_type(py, dtype)?;
+    let (data, scales, mut codes) = (input(data, "data")?, input(scales, "scales")?, output(codes, "codes")?);
+    let (data, scales, codes) = (data.as_slice()?, scales.as_slice()?, codes.as_slice_mut()?);
+    native(py, |stop| q40::quantize_with_scales(data, float, name, scales, codes, stop))
+}
+
+#[pyfunction]
+pub fn q40_dequantize(
+    py: Python<'_>,
+    codes: &Bytes<'_>,
+    scales: &Bytes<'_>,
+    dtype: &str,
+    data: &Bytes<'_>,
+) -> PyResult<()> {
+    let float = float_type(py, dtype)?;
+    let (codes, scales, mut data) = (input(codes, "codes")?, input(scales, "scales")?, output(data, "data")?);
+    let (codes, scales, data) = (codes.as_slice()?, scales.as_slice()?, data.as_slice_mut()?);
+    native(py, |stop| q40::dequantize(codes, scales, float, data, stop))
+}
+
+#[pyfunction]
+pub fn q40_join(py: Python<'_>, codes: &Bytes<'_>, scales: &Bytes<'_>, blocks: &Bytes<'_>) -> PyResult<()> {
+    let (codes, scales, mut blocks) = (input(codes, "codes")?, input(scales, "scales")?, output(blocks, "blocks")?);
+    let (codes, scales, blocks) = (codes.as_slice()?, scales.as_slice()?, blocks.as_slice_mut()?);
+    native_short(py, || q40::join(codes, scales, blocks))
+}
+
+#[pyfunction]
+pub fn q40_split(py: Python<'_>, blocks: &Bytes<'_>, codes: &Bytes<'_>, scales: &Bytes<'_>) -> PyResult<()> {
+    let (blocks, mut codes, mut scales) =
+        (input(blocks, "blocks")?, output(codes, "codes")?, output(scales, "scales")?);
+    let (blocks, codes, scales) = (blocks.as_slice()?, codes.as_slice_mut()?, scales.as_slice_mut()?);
+    native_short(py, || q40::split(blocks, codes, scales))
+}
+
+fn float_type(py: Python<'_>, dtype: &str) -> PyResult<FloatType> {
+    dtype.parse().map_err(|e| to_py(py, &e))
+}
+
+fn input<'py>(array: &Bytes<'py>, what: &str) -> PyResult<PyReadonlyArray1<'py, u8>> {
+    match array.try_readonly() {
+        Ok(view) if array.is_c_contiguous() => Ok(view),
+        Ok(_) => Err(unusable(array.py(), what, "it is not contiguous")),
+        Err(error) => Err(unusable(array.py(), what, error)),
+    }
+}
+
+fn output<'py>(array: &Bytes<'py>, what: &str) -> PyResult<PyReadwriteArray1<'py, u8>> {
+    match array.try_readwrite() {
+        Ok(view) if array.is_c_contiguous() => Ok(view),
+        Ok(_) => Err(unusable(array.py(), what, "it is not contiguous")),
+        Err(error) => Err(unusable(array.py(), what, error)),
+    }
+}
+
+fn unusable(py: Python<'_>, what: &str, why: impl std::fmt::Display) -> PyErr {
+    to_py(py, &Error::InvalidArgument(format!("array `{what}` cannot be used: {why}")))
+}

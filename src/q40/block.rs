@@ -1,0 +1,68 @@
+//! The 18-byte block of GGUF and NNEF `.dat` files, and its way from and to planes.
+
+use bytemuck::{Pod, Zeroable};
+use half::f16;
+use rayon::prelude::*;
+
+use super::{CODE_BYTES, SCALE_BYTES};
+use crate::error::{Error, Result};
+
+/// One group of 32 as GGUF stores it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct BlockQ4_0 {
+    /// Scale.
+    pub d: f16,
+    /// Byte `i`: code of element `i` low, of element `i + 16` high.
+    pub qs: [u8; CODE_BYTES],
+}
+
+/// Bytes of a block.
+pub const BLOCK_BYTES: usize = size_of::<BlockQ4_0>();
+
+const _: () = {
+    assert!(BLOCK_BYTES == 18 && align_of::<BlockQ4_0>() == 2);
+    assert!(std::mem::offset_of!(BlockQ4_0, d) == 0 && std::mem::offset_of!(BlockQ4_0, qs) == 2);
+};
+
+/// Blocks a thread takes at least.
+const MIN_BLOCKS: usize = 4096;
+
+/// Interleaves planes into `blocks`.
+pub fn join(codes: &[u8], scales: &[u8], blocks: &mut [u8]) -> Result<()> {
+    check(codes, scales, blocks)?;
+    let codes = codes.as_chunks::<CODE_BYTES>().0.par_iter();
+    let scales = scales.as_chunks::<SCALE_BYTES>().0.par_iter();
+    let blocks = blocks.as_chunks_mut::<BLOCK_BYTES>().0.par_iter_mut();
+    blocks.zip(codes).zip(scales).with_min_len(MIN_BLOCKS).for_each(|((block, codes), scale)| {
+        block[..SCALE_BYTES].copy_from_slice(scale);
+        block[SCALE_BYTES..].copy_from_slice(codes);
+    });
+    Ok(())
+}
+
+/// Inverse of [`join`].
+pub fn split(blocks: &[u8], codes: &mut [u8], scales: &mut [u8]) -> Result<()> {
+    check(codes, scales, blocks)?;
+    let codes = codes.as_chunks_mut::<CODE_BYTES>().0.par_iter_mut();
+    let scales = scales.as_chunks_mut::<SCALE_BYTES>().0.par_iter_mut();
+    let blocks = blocks.as_chunks::<BLOCK_BYTES>().0.par_iter();
+    blocks.zip(codes).zip(scales).with_min_len(MIN_BLOCKS).for_each(|((block, codes), scale)| {
+        scale.copy_from_slice(&block[..SCALE_BYTES]);
+        codes.copy_from_slice(&block[SCALE_BYTES..]);
+    });
+    Ok(())
+}
+
+fn check(codes: &[u8], scales: &[u8], blocks: &[u8]) -> Result<()> {
+    let groups = codes.len() / CODE_BYTES;
+    if [codes.len(), scales.len(), blocks.len()] != [CODE_BYTES, SCALE_BYTES, BLOCK_BYTES].map(|bytes| groups * bytes) {
+        return Err(Error::InvalidArgument(format!(
+            "a Q40 group is {CODE_BYTES} bytes of codes, {SCALE_BYTES} of scale and {BLOCK_BYTES} of block; got {}, {} and {} bytes",
+            codes.len(),
+            scales.len(),
+            blocks.len()
+        )));
+    }
+    Ok(())
+}
