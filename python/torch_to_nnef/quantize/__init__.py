@@ -1,0 +1,1 @@
+"""Quantization: what may be quantized, how, and what it cost."""
