@@ -220,11 +220,12 @@ def parsed(text):
 
 def test_the_page_is_self_contained_and_escaped(tmp_path):
     path = tmp_path / "report.html"
-    report().to_html(path)
+    report(model=HOSTILE, archive_path=tmp_path / "<b>.nnef").to_html(path)
     source = path.read_text(encoding="utf-8")
     tags = parsed(source)
     text = "".join(tags.text)
-    assert HOSTILE in text
+    assert text.count(HOSTILE) == 3  # title, heading, row
+    assert text.count("<b>.nnef") == 2
     assert "cat & cats" in text
     assert not {"script", "link", "img", "iframe"} & set(tags.seen)
     assert not {"src", "href"} & {name for name, _ in tags.attributes}

@@ -89,15 +89,21 @@ def test_the_worst_value_is_the_one_furthest_beyond_its_own_bound():
     assert (result.max_abs, result.outside, result.worst_index) == (100, 1, (1,))
 
 
-def test_chunks_add_up(monkeypatch):
+def test_the_relative_bound_is_of_the_reference():
+    assert not compare(torch.tensor([10.0]), np.array([11.25], np.float32), TractCheckTolerance.ULTRA).ok
+    assert compare(torch.tensor([11.25]), np.array([10.0], np.float32), TractCheckTolerance.ULTRA).ok
+
+
+@pytest.mark.parametrize("place", [(0, 3), (6, 9)])
+def test_chunks_add_up(monkeypatch, place):
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(7, 11, generator=generator)
     actual = (reference + 0.1 * torch.randn(7, 11, generator=generator)).numpy()
-    actual[6, 9] = 50
+    actual[place] = 50
     whole = compare(reference, actual, APPROXIMATE)
     monkeypatch.setattr(sys.modules[compare.__module__], "_CHUNK", 10)
     parts = compare(reference, actual, APPROXIMATE)
-    assert parts.worst_index == whole.worst_index == (6, 9)
+    assert parts.worst_index == whole.worst_index == place
     assert (parts.outside, parts.max_abs) == (whole.outside, whole.max_abs)
     assert parts.rmse == pytest.approx(whole.rmse, rel=1e-12)
     assert parts.cosine == pytest.approx(whole.cosine, rel=1e-12)

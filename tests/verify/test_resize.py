@@ -21,8 +21,13 @@ def test_every_symbol_takes_three_sizes_and_never_its_traced_one(traced):
         assert min(tried) >= 1
 
 
-def test_one_combination_doubles_all():
-    assert {"H": 64, "W": 448} in other_sizes({"H": 32, "W": 224})
+def test_symbols_are_combined_in_different_kinds_and_once_all_doubled():
+    assert other_sizes({"B": 2, "S": 8}) == [
+        {"B": 1, "S": 9},
+        {"B": 3, "S": 16},
+        {"B": 4, "S": 1},
+        {"B": 4, "S": 16},
+    ]
 
 
 def test_without_dynamic_axes_only_the_traced_inputs_remain():

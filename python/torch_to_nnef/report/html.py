@@ -77,7 +77,7 @@ def _weights(rows: "Sequence[TensorRow]") -> str:
     body = "".join(_weight(row, longest) for row in quantized)
     names = words.WEIGHTS_HEADER
     header = "".join(f"<th{_kind(i, 4)}>{escape(name)}</th>" for i, name in enumerate(names)) + "<th></th>"
-    table = f"<div class=wide><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
+    table = f"<div class=wide><table class=full><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
     return _section(words.WEIGHTS_TITLE, words.WEIGHTS_NOTE, table)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from torch_to_nnef.inference_target import Tolerance, TractCheckTolerance
 
-_CHUNK = 1 << 20  # elements held in f64 at a time
+_CHUNK = 1 << 18  # elements held in f64 at a time
 
 
 @dataclass(frozen=True, kw_only=True)
