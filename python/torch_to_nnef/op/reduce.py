@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -90,3 +91,16 @@ def var(
     result = _reduce(e, "mean_reduce", e.op("square", e.op("sub", x, mean, hint="centered")), axes, keepdim)
     correction = 1 if correction is None else correction
     return result if not correction else e.binary("mul", result, count / (count - correction), result.dtype)
+
+
+@lowers(aten.linalg_vector_norm.default)
+def vector_norm(e: Emitter, x: Ref, ord: Scalar = 2, dim: Sequence[int] | None = None, keepdim: bool = False) -> Ref:
+    """(sum |x|^ord)^(1 / ord) over axes; the largest magnitude for inf."""
+    x = e.cast(x, e.out.dtype)
+    if ord == 2:
+        return e.op("sqrt", _reduce(e, "sum_reduce", e.op("square", x), dim, keepdim))
+    if ord == 1:
+        return _reduce(e, "sum_reduce", e.op("abs", x), dim, keepdim)
+    if ord == math.inf:
+        return _reduce(e, "max_reduce", e.op("abs", x), dim, keepdim)
+    raise e.refuse(f"norm of order {ord}; 1, 2 and inf have a lowering")
