@@ -164,7 +164,8 @@ def _apply(model: nn.Module, choices: Sequence[tuple[Method, Selection]], extras
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Put back every parameter and buffer if the block fails."""
-    held = [(holder, dict(holder)) for module in model.modules() for holder in (module._parameters, module._buffers)]
+    holders: list[dict[str, Any]] = [h for m in model.modules() for h in (m._parameters, m._buffers)]
+    held = [(holder, dict(holder)) for holder in holders]
     try:
         yield
     except BaseException:

@@ -114,7 +114,7 @@ class _Converter:
                 "an archive keeps no state: return the new value as an output"
             )
         leaves = [leaf for leaf in pytree.tree_leaves(node.args) if leaf is not None]
-        values = [self.env.get(leaf) if isinstance(leaf, FxNode) else leaf for leaf in leaves]
+        values: list[Any] = [self.env.get(leaf) if isinstance(leaf, FxNode) else leaf for leaf in leaves]
         for index, value in enumerate(values):
             if not isinstance(value, Value):
                 raise T2NErrorNotImplemented(

@@ -72,7 +72,7 @@ def arange_step(e: Emitter, start: Dim, end: Dim, step: Dim = 1) -> Ref:
         values = (start, end, step)
         if not all(isinstance(v, (int, float)) for v in values):
             raise e.refuse("a float range over a dynamic size; make integers and scale them")
-        return e.constant(torch.arange(*values, dtype=e.out.dtype), "arange")  # type: ignore[call-overload]
+        return e.constant(torch.arange(*values, dtype=e.out.dtype), "arange")
     if not isinstance(step, int):
         raise e.refuse("the step is dynamic")
     return e.arange(start, end, step, e.out.shape[0], e.out.dtype)

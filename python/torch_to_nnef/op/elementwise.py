@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
 from torch_to_nnef.graph.ir import Dim
@@ -72,12 +74,12 @@ _BITWISE = {
     ],
 }
 
-Operand = Ref | Scalar | Dim
+Operand: TypeAlias = Ref | Scalar | Dim
 
 
 def _promoted(a: Operand, b: Operand) -> torch.dtype:
     """The dtype torch computes `a op b` in: dimensioned tensors win over scalars and rank-0 tensors of the same category."""
-    return torch.result_type(*(_stand_in(side) for side in (a, b)))
+    return torch.result_type(_stand_in(a), _stand_in(b))
 
 
 def _stand_in(side: Operand) -> torch.Tensor | Scalar:

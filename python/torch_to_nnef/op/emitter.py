@@ -132,7 +132,7 @@ class Emitter:
         """`length` elements of one axis from `begin`, every `step`th; tract needs explicit, non-negative bounds."""
         shape = (*ref.shape[:axis], length, *ref.shape[axis + 1 :])
         end = begin + length if step == 1 else ref.shape[axis]
-        stride = {"stride": [step]} if step != 1 else {}
+        stride: dict[str, Any] = {"stride": [step]} if step != 1 else {}
         return self.op("slice", ref, out=shape, axes=[axis], begin=[begin], end=[end], **stride)
 
     def cast(self, ref: Ref, dtype: torch.dtype) -> Ref:

@@ -23,6 +23,10 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = x * min(max(x + 3.0, 0.0), 6.0) / 6.0;"],
     ),
+    "t2n_linear": (
+        "(x: tensor<scalar>, filter: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)",
+        ['y = tract_core_einsum([x, filter], expr = expr, acc = "f32") + unsqueeze(bias, axes = lead);'],
+    ),
     "t2n_layer_norm": (
         "(x: tensor<scalar>, axes: integer[], eps: scalar) -> (y: tensor<scalar>)",
         [

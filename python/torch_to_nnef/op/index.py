@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from torch_to_nnef.graph.ir import Value
@@ -16,7 +18,7 @@ aten = torch.ops.aten
 def embedding(e: Emitter, weight: Ref, indices: Ref, padding_idx: int = -1) -> Ref:
     """Rows of weight (V, D); ids must lie in [0, V), as torch wants too."""
     # tract has to be told the dtype of what comes out of packed blocks.
-    unpacked = {"datum_type": "f32"} if e.is_quantized(weight) else {}
+    unpacked: dict[str, Any] = {"datum_type": "f32"} if e.is_quantized(weight) else {}
     return e.op("tract_core_gather", weight, indices, out=e.out.shape, axis=0, **unpacked)
 
 

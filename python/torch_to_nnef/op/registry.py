@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from torch_to_nnef.op.statement import Ref
 
 OpOverload = torch._ops.OpOverload
 Lowering = Callable[..., Ref | list[Ref]]
+F = TypeVar("F", bound=Lowering)
 
 _FAMILIES = (
     "activation",
@@ -68,7 +69,7 @@ class OpTable:
     def __init__(self) -> None:
         self._handlers: dict[OpOverload, Handler] = {}
 
-    def lowers(self, *ops: OpOverload) -> Callable[[Lowering], Lowering]:
+    def lowers(self, *ops: OpOverload) -> Callable[[F], F]:
         """Register the decorated `f(e, **schema arguments)` for `ops`.
 
         Parameters after the emitter are schema arguments by name (`self` is written `x`); one that is left out must have its default
@@ -76,7 +77,7 @@ class OpTable:
         several). Raises `T2NErrorInvalidArgument` for a second handler, or a parameter the schema does not have.
         """
 
-        def register(lower: Lowering) -> Lowering:
+        def register(lower: F) -> F:
             reads = tuple(inspect.signature(lower).parameters)[1:]
             for op in ops:
                 if op in self._handlers:

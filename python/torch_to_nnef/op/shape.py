@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -178,5 +179,5 @@ def pad_mode(e: Emitter, x: Ref, pad: Sequence[int], mode: str = "constant", val
         if not isinstance(before, int) or not isinstance(after, int) or before < 0 or after < 0:
             raise e.refuse(f"padding {list(pad)}: amounts must be static and non-negative; slice instead")
         amounts[x.rank - 1 - i] = (before, after)
-    filled = {"value": float(value or 0)} if mode == "constant" else {}
+    filled: dict[str, Any] = {"value": float(value or 0)} if mode == "constant" else {}
     return e.op("pad", x, out=e.out.shape, padding=amounts, border=borders[mode], **filled)

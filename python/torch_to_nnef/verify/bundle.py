@@ -35,16 +35,20 @@ def write_bundle(
     }
     for index, inputs in enumerate(sets):
         arrays = [as_array(tensor) for tensor in inputs.tensors]
-        np.savez(folder / f"inputs_{index}.npz", **dict(zip(input_names, arrays, strict=True)))
+        _save(folder / f"inputs_{index}.npz", dict(zip(input_names, arrays, strict=True)))
         for side, run in sides.items():
             report += _try_save(folder / f"{side}_{index}.npz", run, inputs)
     (folder / "error.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
 
 
+def _save(file: Path, arrays: dict[str, Any]) -> None:
+    np.savez(file, **arrays)
+
+
 def _try_save(file: Path, run: Callable[[InputSet], dict[str, NDArray[Any]]], inputs: InputSet) -> list[str]:
     """Either side may fail in any way; the bundle then says so."""
     try:
-        np.savez(file, **run(inputs))
+        _save(file, run(inputs))
     except Exception as failure:
         return [f"no {file.name}: {type(failure).__name__}: {failure}"]
     return []
