@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorNotImplemented
+from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.inputs import Inputs
+from torch_to_nnef.graph.patches import symbolic_max_pool1d
 
 # torch burns sizes 0 and 1 into a graph, so a dynamic axis is traced at this size or more.
 _SMALLEST_TRACED = 2
@@ -87,9 +89,8 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
     traced = inputs.resized({name: max(size, _SMALLEST_TRACED) for name, size in inputs.sizes().items()})
     args, kwargs = traced.unflatten(traced.tensors)
     leaves = [dict.fromkeys(axes, Dim.DYNAMIC) for axes in traced.axes]
-    arg_dims, kwarg_dims = inputs.unflatten(leaves)
-    dims: Any = kwarg_dims or tuple(arg_dims)  # `prepare` makes one or the other, never both
-    with eval_mode(model), _placeholders(model) as (mode, tensors), torch.no_grad():
+    dims = _by_parameter(model, *inputs.unflatten(leaves))
+    with eval_mode(model), symbolic_max_pool1d(), _placeholders(model) as (mode, tensors), torch.no_grad():
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
         try:
             program = torch.export.export(model, fake_args, fake_kwargs, dynamic_shapes=dims, strict=False)
@@ -107,6 +108,17 @@ def decompose(captured: Captured, ops: Sequence[torch._ops.OpOverload]) -> Captu
         program = captured.program.run_decompositions(table)
     constants = {k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}
     return Captured(program, captured.inputs, {**constants, **captured.tensors})
+
+
+def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Dims under the names of forward's parameters; those of `*args` in one tuple, those of `**kwargs` beside the others."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise T2NErrorInvalidArgument(f"the arguments do not fit {type(model).__name__}.forward{signature}: {error}") from None
+    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    return {**bound, **bound.pop(extra)} if extra in bound else bound
 
 
 @contextlib.contextmanager

@@ -54,6 +54,12 @@ def elu(e: Emitter, x: Ref, alpha: float = 1, scale: float = 1, input_scale: flo
     return e.op("t2n_elu", x, alpha=float(alpha), scale=float(scale), input_scale=float(input_scale))
 
 
+@lowers(aten.celu.default)
+def celu(e: Emitter, x: Ref, alpha: float = 1) -> Ref:
+    """x, or alpha * (exp(x / alpha) - 1) below zero."""
+    return e.op("t2n_elu", x, alpha=float(alpha), scale=1.0, input_scale=1 / alpha)
+
+
 @lowers(aten.hardtanh.default)
 def hardtanh(e: Emitter, x: Ref, min_val: float = -1, max_val: float = 1) -> Ref:
     """Clamp to [min_val, max_val]."""

@@ -67,7 +67,7 @@ def _weighted(e: Emitter, attention: Ref, value: Ref) -> Ref:
 
 def _causal(e: Emitter, rows: Dim, columns: Dim) -> Ref:
     """Lower triangle aligned to the top left, as torch defines is_causal."""
-    row, column = (e.arange(0, n, 1, n, torch.int64) for n in (rows, columns))
+    row, column = (e.arange(0, 1, n, torch.int64) for n in (rows, columns))
     return e.op("ge", e.unsqueeze(row, [1]), e.unsqueeze(column, [0]), dtype=torch.bool, hint="causal")
 
 

@@ -75,7 +75,7 @@ def arange_step(e: Emitter, start: Dim, end: Dim, step: Dim = 1) -> Ref:
         return e.constant(torch.arange(*values, dtype=e.out.dtype), "arange")
     if not isinstance(step, int):
         raise e.refuse("the step is dynamic")
-    return e.arange(start, end, step, e.out.shape[0], e.out.dtype)
+    return e.arange(start, step, e.out.shape[0], e.out.dtype)
 
 
 @lowers(aten._to_copy.default, aten.to.dtype_layout, aten.to.dtype, aten.to.device)

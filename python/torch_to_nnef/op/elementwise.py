@@ -51,7 +51,7 @@ _COMPARISON = {
 _LOGIC = {
     "and": [aten.logical_and.default],
     "or": [aten.logical_or.default],
-    "ne": [aten.logical_xor.default],
+    "tract_core_xor": [aten.logical_xor.default],
 }
 _BITWISE = {
     ("and", "tract_core_bitand"): [
@@ -66,7 +66,7 @@ _BITWISE = {
         aten.__or__.Tensor,
         aten.__or__.Scalar,
     ],
-    ("ne", "tract_core_bitxor"): [
+    ("tract_core_xor", "tract_core_bitxor"): [
         aten.bitwise_xor.Tensor,
         aten.bitwise_xor.Scalar,
         aten.__xor__.Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,11 +72,13 @@ class Emitter:
         """A rank-0 constant of `dtype` (the output's by default); NNEF literals cannot say infinities, and have no dtype."""
         return self.constant(torch.tensor(value, dtype=dtype or self.out.dtype), "scalar")
 
-    def arange(self, start: Dim, end: Dim, step: int, length: Dim, dtype: torch.dtype) -> Ref:
-        """start, start + step, ... before end. tract makes it of dimensions (TDim), hence the cast."""
-        dims = self.op("tract_core_range", start, end, step, out=(length,), dtype=torch.int64, hint="range")
-        to = tract_dtype(dtype, self.node.where())
-        return self.op("tract_core_cast", dims, dtype=dtype, hint="arange", to=to)
+    def arange(self, start: Dim, step: int, length: Dim, dtype: torch.dtype) -> Ref:
+        """`length` integers: start, start + step, ..."""
+        if isinstance(length, int) and isinstance(start, int):
+            return self.constant(torch.arange(length, dtype=dtype) * step + start, "arange")
+        positions = self.op("t2n_positions", out=(length,), dtype=torch.int64, hint="arange", length=length)
+        steps = positions if step == 1 else self.binary("mul", positions, step, torch.int64)
+        return self.cast(steps if start == 0 else self.binary("add", steps, start, torch.int64), dtype)
 
     # -- what the node says
 
@@ -154,13 +157,14 @@ class Emitter:
         sides = [self.lift(self.cast(s, dtype), rank) if isinstance(s, Ref) else self.scalar(s, dtype) for s in (a, b)]
         return self.op(operator, *sides, dtype=result or dtype)
 
-    def scalar(self, value: Scalar | Dim, dtype: torch.dtype) -> Any:
-        """A literal of `dtype`: `2` beside a float tensor is `2.0`."""
+    def scalar(self, value: Scalar | Dim, dtype: torch.dtype) -> Ref | float:
+        """A number beside a tensor of `dtype`. Integers are stored: an integer literal is a dimension (TDim) to tract, and
+        so would the result be."""
         if not isinstance(value, (int, float)):
-            return value
-        if dtype.is_floating_point:
+            return self.op("tract_core_cast", value, out=(), dtype=dtype, hint="size", to=tract_dtype(dtype, self.node.where()))
+        if dtype.is_floating_point and math.isfinite(value):
             return float(value)
-        return bool(value) if dtype is torch.bool else int(value)
+        return self.full(value, dtype)
 
     # -- ranges
 

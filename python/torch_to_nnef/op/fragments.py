@@ -42,6 +42,11 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = x * tanh(t2n_softplus(x, beta = 1.0, threshold = 20.0));"],
     ),
+    # tract 0.23.9 reasons on masks made of ranges and cuts a causal one wrongly; it does not look behind abs.
+    "t2n_positions": (
+        "(length: integer) -> (y: tensor<scalar>)",
+        ["y = abs(tract_core_range(0, length, 1));"],
+    ),
     "t2n_prelu": (
         "(x: tensor<scalar>, slope: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = max(x, 0.0) + min(x, 0.0) * slope;"],

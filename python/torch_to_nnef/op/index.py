@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torch_to_nnef.graph.ir import Value
+from torch_to_nnef.graph.ir import Dim, Value
 from torch_to_nnef.op.emitter import Emitter, broadcast
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
@@ -61,12 +61,11 @@ def index(e: Emitter, x: Ref, indices: list[Ref | None]) -> Ref:
     return e.op("tract_core_gather_nd", x, table, out=e.out.shape, batch_dims=0)
 
 
-def _wrap(e: Emitter, ref: Ref, value: Value | None, size: object) -> Ref:
+def _wrap(e: Emitter, ref: Ref, value: Value | None, size: Dim) -> Ref:
     """Indices in [0, size): tract panics on negative ones."""
     ref = e.cast(ref, torch.int64)
     if value is None or e.is_non_negative(value):
         return ref
-    from_end = e.op("add", ref, size, hint="from_end")
-    return e.op(
-        "select", e.op("lt", ref, 0, dtype=torch.bool), from_end, ref, out=ref.shape, dtype=torch.int64, hint="wrapped"
-    )
+    from_end = e.binary("add", ref, size, torch.int64)
+    negative = e.binary("lt", ref, 0, torch.int64, result=torch.bool)
+    return e.op("select", negative, from_end, ref, out=ref.shape, dtype=torch.int64, hint="wrapped")

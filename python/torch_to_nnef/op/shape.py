@@ -170,7 +170,7 @@ def constant_pad(e: Emitter, x: Ref, pad: Sequence[int], value: Scalar = 0) -> R
 @lowers(aten.pad.default)
 def pad_mode(e: Emitter, x: Ref, pad: Sequence[int], mode: str = "constant", value: Scalar | None = None) -> Ref:
     """Padded by torch.nn.functional.pad's rules; negative amounts cut."""
-    borders = {"constant": "constant", "reflect": "reflect", "replicate": "replicate"}
+    borders = {"constant": "constant", "reflect": "reflect", "replicate": "replicated"}  # as tract spells them
     if mode not in borders:
         raise e.refuse(f"pad mode {mode!r}; tract has {sorted(borders)}")
     amounts = [(0, 0)] * x.rank
