@@ -1,5 +1,6 @@
 //! The pyo3 layer: check, detach, call, map errors. The only folder that names pyo3.
 
+mod archive;
 mod boundary;
 mod q40;
 
@@ -9,6 +10,12 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add_class::<archive::ArchiveWriter>()?;
+    m.add_function(wrap_pyfunction!(archive::read_dat, m)?)?;
+    m.add_function(wrap_pyfunction!(archive::write_dat, m)?)?;
+    m.add_function(wrap_pyfunction!(archive::write_dat_q40, m)?)?;
+    m.add_function(wrap_pyfunction!(archive::archive_entries, m)?)?;
+    m.add_function(wrap_pyfunction!(archive::archive_read, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_quantize, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_quantize_with_scales, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_dequantize, m)?)?;

@@ -7,7 +7,7 @@ use super::boundary::{native, native_short, to_py};
 use crate::error::Error;
 use crate::q40::{self, Encoder, FloatType};
 
-type Bytes<'py> = Bound<'py, PyArray1<u8>>;
+pub(super) type Bytes<'py> = Bound<'py, PyArray1<u8>>;
 
 /// See `_native.pyi`, as for the other functions here.
 #[pyfunction]
@@ -77,7 +77,7 @@ fn float_type(py: Python<'_>, dtype: &str) -> PyResult<FloatType> {
     dtype.parse().map_err(|e| to_py(py, &e))
 }
 
-fn input<'py>(array: &Bytes<'py>, what: &str) -> PyResult<PyReadonlyArray1<'py, u8>> {
+pub(super) fn input<'py>(array: &Bytes<'py>, what: &str) -> PyResult<PyReadonlyArray1<'py, u8>> {
     match array.try_readonly() {
         Ok(view) if array.is_c_contiguous() => Ok(view),
         Ok(_) => Err(unusable(array.py(), what, "it is not contiguous")),

@@ -1,0 +1,143 @@
+//! `.dat` files and archives. Contract and docstrings: `_native.pyi`.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use numpy::PyArray1;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::boundary::{native, native_short};
+use super::q40::{Bytes, input};
+use crate::archive::{self, Form};
+use crate::dat::{self, DatType, Header, Q40Planes};
+use crate::error::{Error, Result};
+
+#[pyfunction]
+pub fn read_dat<'py>(py: Python<'py>, path: PathBuf) -> PyResult<(&'static str, Vec<usize>, Bytes<'py>)> {
+    let (header, payload) = native(py, move |_| dat::read(&path))?;
+    Ok((header.dtype().name(), header.shape(), PyArray1::from_vec(py, payload)))
+}
+
+#[pyfunction]
+pub fn write_dat(py: Python<'_>, path: PathBuf, dtype: &str, shape: Vec<usize>, data: &Bytes<'_>) -> PyResult<()> {
+    let data = input(data, "data")?;
+    let data = data.as_slice()?;
+    native(py, |stop| dat::write(&path, &plain_header(dtype, &shape, data)?, data, stop))
+}
+
+#[pyfunction]
+pub fn write_dat_q40(
+    py: Python<'_>,
+    path: PathBuf,
+    shape: Vec<usize>,
+    codes: &Bytes<'_>,
+    scales: &Bytes<'_>,
+) -> PyResult<()> {
+    let (codes, scales) = (input(codes, "codes")?, input(scales, "scales")?);
+    let (codes, scales) = (codes.as_slice()?, scales.as_slice()?);
+    native(py, |stop| {
+        let (header, planes) = q40_payload(&shape, codes, scales)?;
+        dat::write(&path, &header, planes, stop)
+    })
+}
+
+#[pyfunction]
+pub fn archive_entries(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, u64)>> {
+    native(py, |stop| archive::entries(&path, stop))
+}
+
+#[pyfunction]
+pub fn archive_read<'py>(py: Python<'py>, path: PathBuf, name: &str, max_bytes: u64) -> PyResult<Bound<'py, PyBytes>> {
+    let content = native(py, |stop| archive::read(&path, name, max_bytes, stop))?;
+    Ok(PyBytes::new(py, &content))
+}
+
+/// The core writer behind a lock, so that threads take turns.
+#[pyclass(frozen, module = "torch_to_nnef._native")]
+pub struct ArchiveWriter(Mutex<archive::ArchiveWriter>);
+
+#[pymethods]
+impl ArchiveWriter {
+    #[new]
+    #[pyo3(signature = (path, form, compression_level = 0))]
+    fn new(py: Python<'_>, path: PathBuf, form: &str, compression_level: u32) -> PyResult<Self> {
+        let writer = native_short(py, || {
+            let form = match form {
+                "folder" => Form::Folder,
+                "tar" => Form::Tar,
+                "tgz" => Form::Tgz { level: compression_level },
+                _ => return Err(Error::InvalidArgument(format!("form {form:?} is not folder, tar or tgz"))),
+            };
+            archive::ArchiveWriter::create(&path, form)
+        })?;
+        Ok(Self(Mutex::new(writer)))
+    }
+
+    fn add_text(&self, py: Python<'_>, name: &str, text: &str) -> PyResult<()> {
+        native(py, |stop| self.lock().add_text(name, text, stop))
+    }
+
+    fn add_tensor(
+        &self,
+        py: Python<'_>,
+        label: &str,
+        dtype: &str,
+        shape: Vec<usize>,
+        data: &Bytes<'_>,
+    ) -> PyResult<()> {
+        let data = input(data, "data")?;
+        let data = data.as_slice()?;
+        native(py, |stop| self.lock().add_dat(label, &plain_header(dtype, &shape, data)?, data, stop))
+    }
+
+    fn add_q40(
+        &self,
+        py: Python<'_>,
+        label: &str,
+        shape: Vec<usize>,
+        codes: &Bytes<'_>,
+        scales: &Bytes<'_>,
+    ) -> PyResult<()> {
+        let (codes, scales) = (input(codes, "codes")?, input(scales, "scales")?);
+        let (codes, scales) = (codes.as_slice()?, scales.as_slice()?);
+        native(py, |stop| {
+            let (header, planes) = q40_payload(&shape, codes, scales)?;
+            self.lock().add_dat(label, &header, planes, stop)
+        })
+    }
+
+    fn add_dat_file(&self, py: Python<'_>, label: &str, path: PathBuf) -> PyResult<()> {
+        native(py, |stop| self.lock().add_dat_file(label, &path, stop))
+    }
+
+    fn finish(&self, py: Python<'_>) -> PyResult<u64> {
+        native(py, |_| self.lock().finish())
+    }
+
+    fn abort(&self, py: Python<'_>) -> PyResult<()> {
+        native_short(py, || {
+            self.lock().abort();
+            Ok(())
+        })
+    }
+}
+
+impl ArchiveWriter {
+    /// Only called while detached from Python. A panic under the lock has aborted the archive: nothing half done is left.
+    fn lock(&self) -> MutexGuard<'_, archive::ArchiveWriter> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn plain_header(dtype: &str, shape: &[usize], data: &[u8]) -> Result<Header> {
+    let header = Header::new(DatType::from_name(dtype)?, shape)?;
+    header.check_payload(data.len())?;
+    Ok(header)
+}
+
+fn q40_payload<'a>(shape: &[usize], codes: &'a [u8], scales: &'a [u8]) -> Result<(Header, Q40Planes<'a>)> {
+    let (header, planes) = (Header::new(DatType::Q40, shape)?, Q40Planes::new(codes, scales)?);
+    header.check_payload(planes.blocks_len())?;
+    Ok((header, planes))
+}
