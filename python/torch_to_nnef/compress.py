@@ -49,6 +49,7 @@ def quantize_weights_min_max_Q4_0(
 
     Raises:
         T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
+
     """
     return quantize_min_max(model, to_quantize_module_classes, percentile, selection, progress, method)
 
@@ -93,6 +94,7 @@ def dynamic_load_registry(path: str) -> Mapping[str, Method]:
         T2NErrorInvalidArgument: Not a dotted name, no such module or attribute, an import that fails, or not a mapping
             of
             names to callables.
+
     """
     module_name, _, attribute = path.rpartition(".")
     if not module_name or not attribute:
@@ -119,6 +121,7 @@ def call_method(
 
     Raises:
         T2NErrorInvalidArgument: `fn` returned something that is not a module.
+
     """
     parameters = inspect.signature(fn).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

@@ -19,6 +19,7 @@ def test_chunks_cover(rows, columns, max_elements, transposed, data):
     position = 0
     for start, values in pieces:
         assert start == position
+        assert values.is_contiguous()
         assert start % multiple == 0
         position += len(values)
     if tensor.is_contiguous():

@@ -44,6 +44,7 @@ def quantize_(
     Raises:
         T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
         T2NErrorInvalidArgument: `selection.include` selects nothing.
+
     """
     targets = find_targets(model, classes, selection)
     total = sum(target.reason is None for target in targets)

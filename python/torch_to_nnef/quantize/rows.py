@@ -36,6 +36,7 @@ class TensorRow:
         reason: Why not; None if it is.
         nbytes_before: Bytes of its float storage.
         nbytes_after: Bytes it takes now.
+
     """
 
     fqn: str

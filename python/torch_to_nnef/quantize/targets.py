@@ -59,6 +59,7 @@ class Selection:
 
     A filter is a glob (on the name of the weight or of its module), a compiled regex (searched in the name of the
     weight), or a callable `(module, name of the weight) -> bool`; a list matches if one of its filters does.
+
     """
 
     uses: Mapping[str, frozenset[Use]] | None = None
@@ -98,6 +99,7 @@ def find_targets(
 
     Raises:
         T2NErrorInvalidArgument: `include` is given and selects nothing.
+
     """
     selection = selection or Selection()
     wanted = DEFAULT_CLASSES if classes is None else tuple(classes)

@@ -26,4 +26,4 @@ def flat_chunks(
     aligned_rows = multiple // gcd(row, multiple)
     rows = max(1, max_elements // (row * aligned_rows)) * aligned_rows
     for first in range(0, tensor.shape[0], rows):
-        yield first * row, tensor[first : first + rows].reshape(-1)
+        yield first * row, tensor[first : first + rows].reshape(-1).contiguous()

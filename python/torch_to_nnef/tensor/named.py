@@ -19,6 +19,7 @@ class NamedTensor(torch.Tensor):
     Args:
         tensor: Any strided tensor.
         nnef_name: Label of its variable.
+
     """
 
     nnef_name: str
@@ -48,6 +49,7 @@ def apply_name_to_tensor_in_module(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Returns:
         name -> tensor, one entry a tensor.
+
     """
     named = {}
     for name, tensor in ModTensorUpdater(model).tensors():

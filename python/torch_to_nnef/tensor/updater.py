@@ -57,6 +57,7 @@ class ModTensorUpdater:
 
         Raises:
             T2NErrorInvalidArgument: The model does not hold it.
+
         """
         if id(tensor) not in self._entries:
             raise T2NErrorInvalidArgument(
@@ -69,6 +70,7 @@ class ModTensorUpdater:
 
         Raises:
             T2NErrorInvalidArgument: No such name.
+
         """
         if name not in self._by_name:
             raise T2NErrorInvalidArgument(f"the model has no parameter or buffer `{name}`")
@@ -80,6 +82,7 @@ class ModTensorUpdater:
         Raises:
             T2NErrorInvalidArgument: The model does not hold `old`.
             T2NErrorInconsistentTensor: `new` has another shape.
+
         """
         places = self.places(old)
         if new.shape != old.shape:

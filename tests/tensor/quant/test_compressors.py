@@ -13,7 +13,11 @@ from torch_to_nnef.tensor.quant import BitPacking, Huffman, Lzma, NibblePacking
 SHAPES = array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9)
 
 
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), arrays(np.uint8, SHAPES, elements=st.integers(0, 2**n - 1)))))
+@given(
+    st.integers(1, 8).flatmap(
+        lambda n: st.tuples(st.just(n), arrays(np.uint8, SHAPES, elements=st.integers(0, 2**n - 1)))
+    )
+)
 @settings(deadline=None)
 def test_bit_packing_restores(case):
     n_bits, codes = case
@@ -47,7 +51,9 @@ def test_nibbles_restore_in_gguf_order(codes):
 def test_bit_packing_bytes():
     codes = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8)
     word = sum(c << (3 * i) for i, c in enumerate(codes.tolist()))
-    assert bytes(BitPacking(3).compress(codes).tolist()) == b"\x01" + (8).to_bytes(8, "little") + word.to_bytes(3, "little")
+    assert bytes(BitPacking(3).compress(codes).tolist()) == b"\x01" + (8).to_bytes(8, "little") + word.to_bytes(
+        3, "little"
+    )
 
 
 def test_entropy_codecs_are_worth_it():

@@ -24,7 +24,13 @@ from torch_to_nnef.tensor.quant import (
     save_safetensors,
 )
 
-CODECS = {"none": (), "nibbles": None, "lzma": (Lzma(),), "nibbles+lzma": (NibblePacking(), Lzma()), "huffman": (Huffman(),)}
+CODECS = {
+    "none": (),
+    "nibbles": None,
+    "lzma": (Lzma(),),
+    "nibbles+lzma": (NibblePacking(), Lzma()),
+    "huffman": (Huffman(),),
+}
 
 
 def weight(*shape, seed=0):
@@ -310,7 +316,9 @@ def test_base_class_has_no_file_format(generic, tmp_path):
 )
 def test_parts_that_do_not_fit_are_refused(blob, scale):
     with pytest.raises(T2NErrorInconsistentTensor):
-        QTensorTractScaleOnly.from_packed(blob, (8, 64), QScalePerGroupF16(32, scale, 4), u8_compressors=[NibblePacking()])
+        QTensorTractScaleOnly.from_packed(
+            blob, (8, 64), QScalePerGroupF16(32, scale, 4), u8_compressors=[NibblePacking()]
+        )
 
 
 def test_shared_tensors_are_stored_once(tmp_path, q):
@@ -326,7 +334,12 @@ def test_damaged_safetensors_are_refused(tmp_path, q):
     path = tmp_path / "s.safetensors"
     save_safetensors({"a": q}, path)
     whole = path.read_bytes()
-    for damaged in (whole[:-1], whole[:20], whole.replace(b"[8, 64]", b"[9, 64]"), whole.replace(b"QScalePer", b"QScaleper")):
+    for damaged in (
+        whole[:-1],
+        whole[:20],
+        whole.replace(b"[8, 64]", b"[9, 64]"),
+        whole.replace(b"QScalePer", b"QScaleper"),
+    ):
         assert damaged != whole
         path.write_bytes(damaged)
         with pytest.raises(T2NErrorInconsistentTensor):

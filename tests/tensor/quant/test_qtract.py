@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from torch_to_nnef import _native
 from torch_to_nnef.exceptions import T2NErrorImpossibleQuantization, T2NErrorInvalidArgument
+from torch_to_nnef.inference_target import InferenceTarget
 from torch_to_nnef.tensor.quant import (
     Lzma,
     NibblePacking,
@@ -83,7 +84,7 @@ def test_scale_search_beats_the_extreme_and_min_max_is_never_worse():
     fp = weight(64, 128) ** 3
     extreme = squared_error(quantize_q40(fp, "signed_extreme"), fp)
     assert (squared_error(quantize_q40(fp), fp) <= extreme * (1 + 1e-6)).all()
-    assert squared_error(quantize_q40(fp), fp).sum() < 0.9 * extreme.sum()
+    assert squared_error(quantize_q40(fp), fp).sum() < 0.95 * extreme.sum()
     for percentile in (0.99, 0.9, 0.5):
         clipped = squared_error(fp_to_tract_q4_0_with_min_max_calibration(fp, percentile), fp)
         assert (clipped <= extreme * (1 + 1e-6)).all()
@@ -104,10 +105,13 @@ def test_min_max_scales_have_the_extreme_exact(n_bits, group_size):
 
 
 def test_percentile_scales_are_never_worse():
-    fp = weight(50, 64) ** 3
+    fp = weight(50, 64)
     errors = [
-        (qscale_per_group_f16_min_max_calibration(fp, 4, 64, p).quantize_as_torch(fp) - fp).square().reshape(-1, 64).sum(1)
-        for p in (1.0, 0.9)
+        (qscale_per_group_f16_min_max_calibration(fp, 4, 64, p).quantize_as_torch(fp) - fp)
+        .square()
+        .reshape(-1, 64)
+        .sum(1)
+        for p in (1.0, 0.97)
     ]
     assert (errors[1] <= errors[0]).all()
     assert errors[1].sum() < errors[0].sum()
@@ -115,11 +119,18 @@ def test_percentile_scales_are_never_worse():
 
 @pytest.mark.parametrize(
     ("shape", "reason"),
-    [((64,), "rank 1"), ((), "rank 0"), ((4, 33), "33 elements"), ((8, 3, 3, 3), "3 x 3 x 3 = 27"), ((0, 32), "positive"), ((4, 0), "positive")],
+    [
+        ((64,), "rank 1"),
+        ((), "rank 0"),
+        ((4, 33), "33 elements"),
+        ((8, 3, 3, 3), "3 x 3 x 3 = 27"),
+        ((0, 32), "positive"),
+        ((4, 0), "positive"),
+    ],
 )
 def test_shapes_q40_cannot_hold(shape, reason):
     assert reason in q40_shape_reason(shape)
-    with pytest.raises(T2NErrorImpossibleQuantization, match="`enc.w`"):
+    with pytest.raises(T2NErrorImpossibleQuantization, match=r"`enc\.w`"):
         quantize_q40(torch.zeros(shape), name="enc.w")
 
 
@@ -159,7 +170,6 @@ def test_slices_read_the_same_values():
         q.decompress_slice(1, 32)
 
 
-@pytest.mark.skipif(not hasattr(_native, "read_dat"), reason="needs the .dat writer")
 def test_write_in_file(tmp_path):
     q = quantize_q40(weight(8, 2, 4, 4))
     path = q.write_in_file(tmp_path, "a/b.weight")
@@ -175,6 +185,15 @@ def test_write_in_file(tmp_path):
 def test_labels_stay_inside(tmp_path, label):
     with pytest.raises(T2NErrorInvalidArgument):
         quantize_q40(torch.ones(1, 32)).write_in_file(tmp_path, label)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_engines_are_refused(tmp_path):
+    class Other(InferenceTarget):
+        pass
+
+    with pytest.raises(T2NErrorInvalidArgument, match="read by tract only"):
+        quantize_q40(torch.ones(1, 32)).write_in_file(tmp_path, "w", Other())
     assert not list(tmp_path.iterdir())
 
 

@@ -49,6 +49,7 @@ class QTensor(torch.Tensor):
 
     Raises:
         T2NErrorImpossibleQuantization: A shape or value `qscheme` cannot hold.
+
     """
 
     storage_name: ClassVar[str] = "u8"
@@ -84,6 +85,7 @@ class QTensor(torch.Tensor):
 
         Raises:
             T2NErrorInconsistentTensor: `u8_blob` is not 1-D uint8, or does not fit `shape` and `qscheme`.
+
         """
         state = {
             "u8_blob": u8_blob,

@@ -72,6 +72,7 @@ class QTensorTract(QTensor):
 
         Raises:
             T2NErrorInvalidArgument: A label that leaves `dirpath`, or a target that is not tract.
+
         """
         if inference_target is not None:
             from torch_to_nnef.inference_target import TractNNEF
@@ -94,6 +95,7 @@ class QTensorTractScaleOnly(QTensorTract):
 
     Raises:
         T2NErrorImpossibleQuantization: rank below 2, `prod(shape[1:])` not a multiple of 32, NaN or Inf.
+
     """
 
     storage_name = "q40"
@@ -207,6 +209,7 @@ def quantize_q40(
 
     Raises:
         T2NErrorImpossibleQuantization: Shape, NaN, Inf, or a scale beyond f16, with the tensor and the place.
+
     """
     what = f"tensor `{name}` of shape {tuple(fp_tensor.shape)}"
     if fp_tensor.dtype not in FLOAT_DTYPES or fp_tensor.is_meta:
@@ -249,6 +252,7 @@ def qscale_per_group_f16_min_max_calibration(
     Raises:
         T2NErrorImpossibleQuantization: `numel` not a multiple of `group_size`, NaN, Inf, or a scale beyond f16.
         T2NErrorInvalidArgument: `n_bits` outside 1..8, `percentile` outside (0, 1].
+
     """
     if not 0 < percentile <= 1:
         raise T2NErrorInvalidArgument(f"percentile must be in (0, 1]: got {percentile}")

@@ -65,6 +65,7 @@ class QScalePerGroupF16(QScheme):
         group_size: Elements that share a scale.
         scale: f16, shape `(numel / group_size, 1)`.
         n_bits: Bits of a code, 1 to 8.
+
     """
 
     group_size: int
@@ -93,6 +94,7 @@ class QScalePerGroupF16(QScheme):
 
         Raises:
             T2NErrorImpossibleQuantization: A size the scales do not cover, NaN or Inf.
+
         """
         what = f"tensor of shape {tuple(fp_tensor.shape)}"
         if fp_tensor.numel() != self.scale.shape[0] * self.group_size:

@@ -34,6 +34,7 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
 
     Raises:
         T2NErrorInvalidArgument: A QTensor, scheme or codec class this file format does not know.
+
     """
     entries: dict[str, torch.Tensor] = {}
     packed: dict[str, Any] = {}
@@ -62,6 +63,7 @@ def load_safetensors(path: str | Path, device: str = "cpu") -> dict[str, torch.T
     Raises:
         T2NErrorNotFoundFile: No such file.
         T2NErrorInconsistentTensor: Damaged file, or parts that do not fit together.
+
     """
     if not Path(path).is_file():
         raise T2NErrorNotFoundFile(f"no such file: {path}")
