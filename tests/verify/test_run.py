@@ -12,7 +12,14 @@ from torch_to_nnef.exceptions import (
     T2NErrorTract,
 )
 from torch_to_nnef.inference_target import TractCheckTolerance
-from torch_to_nnef.verify import compare_models, raise_on_mismatch, resized_input_sets, verify_archive
+from torch_to_nnef.verify import (
+    Comparison,
+    compare,
+    compare_models,
+    raise_on_mismatch,
+    resized_input_sets,
+    verify_archive,
+)
 from torch_to_nnef.verify.resize import InputSet
 
 APPROXIMATE = TractCheckTolerance.APPROXIMATE
@@ -80,6 +87,17 @@ def test_a_search_that_fails_does_not_hide_the_mismatch(archive, input_sets):
 
     with pytest.raises(T2NErrorIOPytorchTractNotISO, match=r"(?s)output 'y'.*could not be found: no such node"):
         raise_on_mismatch(comparisons, input_sets, locate)
+
+
+def test_many_wrong_outputs_are_counted_rather_than_listed():
+    output = compare(torch.ones(1), np.zeros(1, np.float32), APPROXIMATE)
+    inputs = InputSet({}, (), traced=True)
+    comparison = Comparison("archive", {}, True, (output,) * 25, APPROXIMATE)
+    with pytest.raises(T2NErrorIOPytorchTractNotISO) as caught:
+        raise_on_mismatch([comparison], [inputs])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22
+    assert lines[-1] == "  and 5 more"
 
 
 def test_a_model_that_writes_into_its_inputs_is_compared_on_the_original_ones(archive, input_sets):

@@ -20,6 +20,8 @@ from torch_to_nnef.tract_model import TractModel
 from torch_to_nnef.verify.compare import Comparison, as_array, compare
 from torch_to_nnef.verify.resize import InputSet
 
+_MAX_LISTED = 20  # outputs in a message: a language model has one for every cache
+
 TorchModel = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
@@ -73,7 +75,7 @@ def raise_on_mismatch(
     input_sets: Sequence[InputSet],
     locate: Callable[[InputSet], str] | None = None,
 ) -> None:
-    """Raise `T2NErrorIOPytorchTractNotISO` that lists every output outside its tolerance, if there is one.
+    """Raise `T2NErrorIOPytorchTractNotISO` that lists the outputs outside their tolerance, if there are any.
 
     `input_sets` are those the comparisons were made on, in order; `locate` describes where the first failing one
     diverges, and its text ends the message.
@@ -83,7 +85,10 @@ def raise_on_mismatch(
         return
     tolerance = failed[0][0].tolerance
     lines = [f"tract's outputs are not torch's within tolerance {tolerance.value!r} (reference: torch, actual: tract):"]
-    lines += [f"  {c.sizes_text}: {output}" for c, _ in failed for output in c.outputs if not output.ok]
+    outputs = [f"  {c.sizes_text}: {output}" for c, _ in failed for output in c.outputs if not output.ok]
+    lines += outputs[:_MAX_LISTED]
+    if len(outputs) > _MAX_LISTED:
+        lines.append(f"  and {len(outputs) - _MAX_LISTED} more")
     if locate is not None:
         try:
             lines.append(locate(failed[0][1]))
