@@ -21,7 +21,7 @@ def _attr(statement: Statement, name: str) -> object:
 
 def _einsum(statement: Statement, weight: Ref) -> str | None:
     """K, the summed axis, must be the weight's last: tract multiplies wrongly if square and crashes if not."""
-    operands = statement.args[0]
+    operands = _refs(statement)
     terms, _, output = str(_attr(statement, "expr")).partition("->")
     term = terms.split(",")[[ref.id for ref in operands].index(weight.id)]
     summed = [axis for axis in term if axis not in output]
@@ -50,6 +50,7 @@ def _gather(statement: Statement, weight: Ref) -> str | None:
 
 RULES: Mapping[str, Rule] = {
     "tract_core_einsum": _einsum,
+    "t2n_linear": _einsum,
     "matmul": _matmul,
     "linear": _second,
     "conv": _second,

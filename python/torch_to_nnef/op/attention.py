@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -38,31 +39,21 @@ def scaled_dot_product_attention(
         raise e.refuse("dropout in attention; put the model in eval mode")
     if enable_gqa:
         key, value = (_repeat_heads(e, side, query) for side in (key, value))
-    *batch, rows, features = query.shape
-    columns = key.shape[-2]
+    rows, features = query.shape[-2:]
     if scale is None:
         if not isinstance(features, int):
             raise e.refuse("the head size is dynamic; give scale=")
         scale = 1 / math.sqrt(features)
-    scores = e.op("matmul", query, key, out=(*batch, rows, columns), hint="scores", transposeB=True)
-    scores = e.binary("mul", scores, scale, scores.dtype)
-    mask = _causal(e, rows, columns) if is_causal else attn_mask
+    attributes: dict[str, Any] = {"scale": float(scale), "axis": query.rank - 1}
+    mask = _causal(e, rows, key.shape[-2]) if is_causal else attn_mask
     if mask is None:
-        return _weighted(e, e.op("softmax", scores, hint="attention", axes=[scores.rank - 1]), value)
-    mask = e.lift(mask, scores.rank)
+        return e.op("t2n_attention", query, key, value, out=e.out.shape, **attributes)
+    mask = e.lift(mask, query.rank)
     if mask.dtype is not torch.bool:
-        scores = e.binary("add", scores, mask, scores.dtype)
-        return _weighted(e, e.op("softmax", scores, hint="attention", axes=[scores.rank - 1]), value)
-    masked = torch.finfo(scores.dtype).min if scores.dtype is torch.float16 else _MASKED
-    low, zero = (e.lift(e.full(v, scores.dtype), scores.rank) for v in (masked, 0.0))
-    scores = e.op("select", mask, scores, low, out=scores.shape, dtype=scores.dtype, hint="masked")
-    attention = e.op("softmax", scores, hint="attention", axes=[scores.rank - 1])
-    attention = e.op("select", mask, attention, zero, out=scores.shape, dtype=scores.dtype, hint="attention")
-    return _weighted(e, attention, value)
-
-
-def _weighted(e: Emitter, attention: Ref, value: Ref) -> Ref:
-    return e.op("matmul", attention, value, out=(*attention.shape[:-1], value.shape[-1]))
+        return e.op("t2n_attention_biased", query, key, value, mask, out=e.out.shape, **attributes)
+    masked = torch.finfo(query.dtype).min if query.dtype is torch.float16 else _MASKED
+    constants = [e.constant(torch.full([1] * query.rank, v, dtype=query.dtype), "scalar") for v in (masked, 0.0)]
+    return e.op("t2n_attention_masked", query, key, value, mask, *constants, out=e.out.shape, **attributes)
 
 
 def _causal(e: Emitter, rows: Dim, columns: Dim) -> Ref:

@@ -7,6 +7,25 @@ from collections.abc import Iterable
 
 # name -> (signature, body lines). Literals stand right of tensors: tract casts them to the tensor's type.
 _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
+    "t2n_attention": (
+        "(query: tensor<scalar>, key: tensor<scalar>, value: tensor<scalar>, scale: scalar, axis: integer)"
+        " -> (y: tensor<scalar>)",
+        ["y = matmul(softmax(matmul(query, key, transposeB = true) * scale, axes = [axis]), value);"],
+    ),
+    "t2n_attention_biased": (
+        "(query: tensor<scalar>, key: tensor<scalar>, value: tensor<scalar>, bias: tensor<scalar>, scale: scalar, axis: integer)"
+        " -> (y: tensor<scalar>)",
+        ["y = matmul(softmax(matmul(query, key, transposeB = true) * scale + bias, axes = [axis]), value);"],
+    ),
+    # The second select gives a row that is masked whole zeros, as torch does.
+    "t2n_attention_masked": (
+        "(query: tensor<scalar>, key: tensor<scalar>, value: tensor<scalar>, mask: tensor<logical>, masked: tensor<scalar>,"
+        " zero: tensor<scalar>, scale: scalar, axis: integer) -> (y: tensor<scalar>)",
+        [
+            "scores = select(mask, matmul(query, key, transposeB = true) * scale, masked);",
+            "y = matmul(select(mask, softmax(scores, axes = [axis]), zero), value);",
+        ],
+    ),
     "t2n_elu": (
         "(x: tensor<scalar>, alpha: scalar, scale: scalar, input_scale: scalar) -> (y: tensor<scalar>)",
         ["y = (max(x, 0.0) + (exp(min(x, 0.0) * input_scale) - 1.0) * alpha) * scale;"],
@@ -23,16 +42,21 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = x * min(max(x + 3.0, 0.0), 6.0) / 6.0;"],
     ),
-    "t2n_linear": (
-        "(x: tensor<scalar>, filter: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)",
-        ['y = tract_core_einsum([x, filter], expr = expr, acc = "f32") + unsqueeze(bias, axes = lead);'],
-    ),
     "t2n_layer_norm": (
         "(x: tensor<scalar>, axes: integer[], eps: scalar) -> (y: tensor<scalar>)",
         [
             "centered = x - mean_reduce(x, axes = axes);",
             "y = centered * rsqrt(mean_reduce(square(centered), axes = axes) + eps);",
         ],
+    ),
+    "t2n_layer_norm_affine": (
+        "(x: tensor<scalar>, scale: tensor<scalar>, offset: tensor<scalar>, axes: integer[], lead: integer[], eps: scalar)"
+        " -> (y: tensor<scalar>)",
+        ["y = t2n_layer_norm(x, axes = axes, eps = eps) * unsqueeze(scale, axes = lead) + unsqueeze(offset, axes = lead);"],
+    ),
+    "t2n_linear": (
+        "(x: tensor<scalar>, filter: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)",
+        ['y = tract_core_einsum([x, filter], expr = expr, acc = "f32") + unsqueeze(bias, axes = lead);'],
     ),
     "t2n_log_sigmoid": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",

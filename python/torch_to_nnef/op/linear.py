@@ -17,9 +17,11 @@ _AXES = "abcdefgh"
 def linear(e: Emitter, input: Ref, weight: Ref, bias: Ref | None = None) -> Ref:
     """Input (*, K) @ weight (N, K)^T + bias (N): an einsum, for any rank and for packed weights."""
     batch = _AXES[: input.rank - 1]
-    inputs, expr = [input, weight], f"{batch}k,nk->{batch}n"
-    result = e.op("tract_core_einsum", inputs, out=e.out.shape, dtype=e.out.dtype, expr=expr, acc="f32")
-    return result if bias is None else e.op("add", result, e.lift(bias, result.rank), hint="biased")
+    expr = f"{batch}k,nk->{batch}n"
+    if bias is None:
+        return e.op("tract_core_einsum", [input, weight], out=e.out.shape, dtype=e.out.dtype, expr=expr, acc="f32")
+    lead = list(range(input.rank - 1))
+    return e.op("t2n_linear", input, weight, bias, out=e.out.shape, expr=expr, lead=lead)
 
 
 @lowers(aten.addmm.default)

@@ -25,8 +25,10 @@ def layer_norm(
 ) -> Ref:
     """(x - mean) / sqrt(var + eps) over the last axes, times weight, plus bias."""
     axes = list(range(input.rank - len(normalized_shape), input.rank))
-    result = e.op("t2n_layer_norm", input, axes=axes, eps=float(eps))
-    return _affine(e, result, weight, bias)
+    if weight is not None and bias is not None:
+        lead = list(range(axes[0]))
+        return e.op("t2n_layer_norm_affine", input, weight, bias, out=input.shape, axes=axes, lead=lead, eps=float(eps))
+    return _affine(e, e.op("t2n_layer_norm", input, axes=axes, eps=float(eps)), weight, bias)
 
 
 @lowers(aten.rms_norm.default)
