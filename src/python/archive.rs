@@ -54,6 +54,11 @@ pub fn archive_read<'py>(py: Python<'py>, path: PathBuf, name: &str, max_bytes: 
     Ok(PyBytes::new(py, &content))
 }
 
+#[pyfunction]
+pub fn put_in_place(py: Python<'_>, new: PathBuf, target: PathBuf) -> PyResult<()> {
+    native_short(py, || crate::fsio::put_in_place(&new, &target))
+}
+
 /// The core writer behind a lock, so that threads take turns.
 #[pyclass(frozen, module = "torch_to_nnef._native")]
 pub struct ArchiveWriter(Mutex<archive::ArchiveWriter>);
