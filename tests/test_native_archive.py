@@ -294,3 +294,18 @@ def test_relative_paths_work(tmp_path, monkeypatch):
         write(Path(form), form)
         write(form, form)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(FORMS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_put_in_place_replaces_its_kind_only(tmp_path, form):
+    (tmp_path / "m").mkdir() if form == "folder" else (tmp_path / "m").write_text("")
+    write(tmp_path / "new", form)
+    _native.put_in_place(tmp_path / "new", tmp_path / "m")
+    assert len(_native.archive_entries(tmp_path / "m")) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    with pytest.raises(T2NErrorNotFoundFile):
+        _native.put_in_place(tmp_path / "new", tmp_path / "m")
+    write(tmp_path / "other", "tar" if form == "folder" else "folder")
+    with pytest.raises(T2NErrorInvalidArgument, match="exists and is not"):
+        _native.put_in_place(tmp_path / "other", tmp_path / "m")
+    assert len(_native.archive_entries(tmp_path / "m")) == 3

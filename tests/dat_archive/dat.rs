@@ -92,6 +92,7 @@ fn tract_reads_what_we_write_and_we_what_it_writes() {
                 _ => (0..header.payload_len()).map(|i| (i * 37 + 11) as u8).collect(),
             };
             let tensor = read_tensor([header.encode().as_slice(), &payload].concat().as_slice()).unwrap();
+            // SAFETY: the payload has the length of the shape, and only 0 and 1 where it is boolean.
             let expected = unsafe { Tensor::from_raw_dt(datum, shape, &payload).unwrap() };
             assert_eq!((tensor.datum_type(), tensor.shape()), (datum, shape), "{dtype:?}");
             assert_eq!(tensor.as_bytes(), expected.as_bytes(), "{dtype:?}");

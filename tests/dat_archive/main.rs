@@ -28,5 +28,5 @@ fn tract_load(path: &Path) -> ProtoModel {
 }
 
 fn tract_tensor<'a>(model: &'a ProtoModel, label: &str) -> &'a Tensor {
-    &model.tensors.iter().find(|(id, _)| id.0 == label).unwrap_or_else(|| panic!("no {label}")).1
+    model.tensors.iter().find(|(id, _)| id.0 == label).unwrap_or_else(|| panic!("no {label}")).1
 }

@@ -84,7 +84,9 @@ fn hostile_members_are_refused() {
     ];
     for (what, hostile) in cases {
         let (_dir, paths) = on_disk(&tar_of(&[ok.clone(), hostile]));
-        paths.iter().for_each(|path| refused(what, path));
+        for path in paths {
+            refused(what, &path);
+        }
     }
 }
 
