@@ -49,10 +49,15 @@ def similarities(float_torch, archive) -> list[Section]:
     by_sentence = tuple((text, f"{cosine:.4f}") for text, cosine in zip(SENTENCES, kept, strict=True))
     pairs = [(0, 1), (2, 3), (4, 5), (0, 2), (1, 4)]
     rows = tuple(
-        (SENTENCES[i], SENTENCES[j], f"{float_torch[i] @ float_torch[j]:.3f}", f"{archive[i] @ archive[j]:.3f}") for i, j in pairs
+        (SENTENCES[i], SENTENCES[j], f"{float_torch[i] @ float_torch[j]:.3f}", f"{archive[i] @ archive[j]:.3f}")
+        for i, j in pairs
     )
     return [
-        Section("Cosine between the embeddings of float torch and of the archive in tract", ("sentence", "cosine"), by_sentence),
+        Section(
+            "Cosine between the embeddings of float torch and of the archive in tract",
+            ("sentence", "cosine"),
+            by_sentence,
+        ),
         Section("Similarity of pairs of sentences", ("sentence", "sentence", "float torch", "tract Q40"), rows),
     ]
 

@@ -173,8 +173,16 @@ def test_op_gives_the_same_in_tract(row, tmp_path):
         (nn.BatchNorm2d(4, affine=False), (2, 4, 5, 6), {0: "B", 2: "H"}),
         (nn.MultiheadAttention(16, 4, batch_first=True), (2, 5, 16), {0: "B", 1: "S"}),
         (nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), (2, 5, 16), {0: "B", 1: "S"}),
-        (nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True, activation="gelu"), (2, 5, 16), {0: "B"}),
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Dropout2d(), nn.MaxPool2d(2)), (2, 3, 9, 9), {0: "B"}),
+        (
+            nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True, activation="gelu"),
+            (2, 5, 16),
+            {0: "B"},
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Dropout2d(), nn.MaxPool2d(2)),
+            (2, 3, 9, 9),
+            {0: "B"},
+        ),
         (nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), (3, 4), {0: "B"}),
     ],
     ids=["bn1d", "bn1d_rank2", "bn2d", "mha", "encoder", "encoder_norm_first", "conv_stack", "mlp"],

@@ -116,7 +116,9 @@ def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     try:
         bound = dict(signature.bind(*args, **kwargs).arguments)
     except TypeError as error:
-        raise T2NErrorInvalidArgument(f"the arguments do not fit {type(model).__name__}.forward{signature}: {error}") from None
+        raise T2NErrorInvalidArgument(
+            f"the arguments do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from None
     extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     return {**bound, **bound.pop(extra)} if extra in bound else bound
 

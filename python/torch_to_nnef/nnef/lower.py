@@ -64,6 +64,8 @@ class _Lowering:
         self.graph, self.output_names, self.ops = graph, output_names, table()
         self.names = Names(scheme, [*graph.input_names, *output_names, *graph.symbols])
         self.variables: dict[int, Variable] = {}
+        # Shared weights go by the first of their names, whichever torch picked.
+        self.first_fqn = {id(tensor): fqn for fqn, tensor in reversed(graph.tensors.items())}
         self.env: dict[str, Ref | None] = {}
         producers = {value.name: node for node in graph.nodes for value in node.outputs}
         self.emitter = Emitter(self.names.fresh, producers, lambda fqn: isinstance(graph.tensors[fqn], QTensor))
@@ -110,6 +112,7 @@ class _Lowering:
         fqn = self.graph.weights[value.name]
         tensor = self.graph.tensors[fqn]
         if id(tensor) not in self.variables:
+            fqn = self.first_fqn[id(tensor)]
             self.variables[id(tensor)] = Variable(self.names.unique(fqn), fqn, tensor)
         return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), tensor.dtype, fqn)
 

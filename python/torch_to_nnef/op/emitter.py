@@ -161,7 +161,9 @@ class Emitter:
         """A number beside a tensor of `dtype`. Integers are stored: an integer literal is a dimension (TDim) to tract, and
         so would the result be."""
         if not isinstance(value, (int, float)):
-            return self.op("tract_core_cast", value, out=(), dtype=dtype, hint="size", to=tract_dtype(dtype, self.node.where()))
+            return self.op(
+                "tract_core_cast", value, out=(), dtype=dtype, hint="size", to=tract_dtype(dtype, self.node.where())
+            )
         if dtype.is_floating_point and math.isfinite(value):
             return float(value)
         return self.full(value, dtype)

@@ -52,7 +52,9 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
     "t2n_layer_norm_affine": (
         "(x: tensor<scalar>, scale: tensor<scalar>, offset: tensor<scalar>, axes: integer[], lead: integer[], eps: scalar)"
         " -> (y: tensor<scalar>)",
-        ["y = t2n_layer_norm(x, axes = axes, eps = eps) * unsqueeze(scale, axes = lead) + unsqueeze(offset, axes = lead);"],
+        [
+            "y = t2n_layer_norm(x, axes = axes, eps = eps) * unsqueeze(scale, axes = lead) + unsqueeze(offset, axes = lead);"
+        ],
     ),
     "t2n_linear": (
         "(x: tensor<scalar>, filter: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)",
