@@ -78,15 +78,37 @@ impl AtomicFolder {
     /// Puts the folder in place, durably, then removes the one it replaces.
     pub fn commit(self) -> Result<()> {
         let Self { temp, target } = self;
-        sync_folder(temp.path())?;
-        let parent = parent_of(&target)?;
-        swap_in(temp.path(), &target, parent).map_err(Error::io(&target))?;
-        let old = temp.keep();
-        sync_folder(parent)?;
-        match fs::remove_dir_all(&old) {
-            Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io(&old)(e)),
-            _ => Ok(()),
-        }
+        put_folder(temp.path(), &target)?;
+        let _placed_or_removed = temp.keep();
+        Ok(())
+    }
+}
+
+/// Renames a finished file or folder to `target`, durably; what was there of the same kind is replaced in one step.
+/// `new` lies on the same file system, synced.
+pub fn put_in_place(new: &Path, target: &Path) -> Result<()> {
+    let kind = |path: &Path| fs::symlink_metadata(path).map(|found| found.is_dir());
+    let folder = kind(new).map_err(Error::io(new))?;
+    if kind(target).is_ok_and(|existing| existing != folder) {
+        let wanted = if folder { "folder" } else { "file" };
+        return Err(Error::InvalidArgument(format!("{} exists and is not a {wanted}", target.display())));
+    }
+    if folder {
+        return put_folder(new, target);
+    }
+    fs::rename(new, target).map_err(Error::io(target))?;
+    sync_folder(parent_of(target)?)
+}
+
+/// Afterwards nothing is at `new`.
+fn put_folder(new: &Path, target: &Path) -> Result<()> {
+    sync_folder(new)?;
+    let parent = parent_of(target)?;
+    swap_in(new, target, parent).map_err(Error::io(target))?;
+    sync_folder(parent)?;
+    match fs::remove_dir_all(new) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io(new)(e)),
+        _ => Ok(()),
     }
 }
 
@@ -141,4 +163,35 @@ fn move_aside(new: &Path, target: &Path, parent: &Path) -> io::Result<()> {
         let _leftover = aside.keep(); // rather than the old content lost
     }
     outcome
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn folder_with(parent: &Path, name: &str, file: &str) -> PathBuf {
+        let path = parent.join(name);
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join(file), "").unwrap();
+        path
+    }
+
+    #[test]
+    fn without_exchange_a_folder_is_replaced_by_two_renames() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (folder_with(dir.path(), "target", "old"), folder_with(dir.path(), "new", "new"));
+        move_aside(&new, &old, dir.path()).unwrap();
+        assert!(old.join("new").exists() && !old.join("old").exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_second_rename_brings_the_old_folder_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = folder_with(dir.path(), "target", "old");
+        assert!(move_aside(&dir.path().join("missing"), &old, dir.path()).is_err());
+        assert!(old.join("old").exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
 }

@@ -1,4 +1,4 @@
-"""Quantize a PyTorch model to Q40, export it to NNEF, run it in tract: see `quantize_and_verify` and `export_model_to_nnef`."""
+"""A PyTorch model to Q40, to NNEF, to tract: see `quantize_and_verify` and `export_model_to_nnef`."""
 
 from importlib import import_module
 from typing import Any
@@ -6,7 +6,13 @@ from typing import Any
 from torch_to_nnef._native import __version__
 
 # name -> module; resolved on first use (PEP 562), so that importing this package does not import torch.
-_LAZY = {}
+_LAZY = {
+    "Report": "torch_to_nnef.report",
+    "TractModel": "torch_to_nnef.tract_model",
+    "TractNNEF": "torch_to_nnef.inference_target",
+    "export_model_to_nnef": "torch_to_nnef.export",
+    "quantize_and_verify": "torch_to_nnef.api",
+}
 
 __all__ = ["__version__", *_LAZY]
 

@@ -66,6 +66,9 @@ class ArchiveWriter:
     def abort(self) -> None:
         """Remove what was written. Idempotent; `finish` after it raises."""
 
+def put_in_place(new: str | PathLike[str], target: str | PathLike[str]) -> None:
+    """Rename a finished archive to `target` on the same file system, durably; one of the same kind there is replaced in one step."""
+
 def archive_entries(path: str | PathLike[str]) -> list[tuple[str, int]]:
     """`(name, size in bytes)` of every entry of a folder, tar or tgz, without unpacking to disk."""
 

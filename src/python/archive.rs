@@ -1,4 +1,5 @@
 //! `.dat` files and archives. Contract and docstrings: `_native.pyi`.
+#![expect(clippy::needless_pass_by_value, reason = "pyo3 hands over what it extracted")]
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,8 +15,8 @@ use crate::dat::{self, DatType, Header, Q40Planes};
 use crate::error::{Error, Result};
 
 #[pyfunction]
-pub fn read_dat<'py>(py: Python<'py>, path: PathBuf) -> PyResult<(&'static str, Vec<usize>, Bytes<'py>)> {
-    let (header, payload) = native(py, move |_| dat::read(&path))?;
+pub fn read_dat(py: Python<'_>, path: PathBuf) -> PyResult<(&'static str, Vec<usize>, Bytes<'_>)> {
+    let (header, payload) = native(py, |_| dat::read(&path))?;
     Ok((header.dtype().name(), header.shape(), PyArray1::from_vec(py, payload)))
 }
 
@@ -51,6 +52,11 @@ pub fn archive_entries(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, u
 pub fn archive_read<'py>(py: Python<'py>, path: PathBuf, name: &str, max_bytes: u64) -> PyResult<Bound<'py, PyBytes>> {
     let content = native(py, |stop| archive::read(&path, name, max_bytes, stop))?;
     Ok(PyBytes::new(py, &content))
+}
+
+#[pyfunction]
+pub fn put_in_place(py: Python<'_>, new: PathBuf, target: PathBuf) -> PyResult<()> {
+    native_short(py, || crate::fsio::put_in_place(&new, &target))
 }
 
 /// The core writer behind a lock, so that threads take turns.

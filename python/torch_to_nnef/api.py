@@ -1,0 +1,198 @@
+"""`quantize_and_verify`: the whole way in one call."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_to_nnef._native import __version__, tract_version
+from torch_to_nnef.compress import DEFAULT_COMPRESSION, Method, call_method
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.export import Naming, Plan, captured_graph, check, relower, staged
+from torch_to_nnef.graph.capture import eval_mode
+from torch_to_nnef.graph.convert import to_graph
+from torch_to_nnef.graph.inputs import Args, DynamicAxes, prepare
+from torch_to_nnef.graph.uses import weight_uses
+from torch_to_nnef.inference_target import TractNNEF
+from torch_to_nnef.nnef.writer import target_path, write_archive
+from torch_to_nnef.quantize.apply import Progress
+from torch_to_nnef.quantize.rows import TensorRow, recording
+from torch_to_nnef.quantize.targets import Filters, Selection
+from torch_to_nnef.report import Report, Totals
+from torch_to_nnef.verify import Comparison, compare_models
+
+
+def quantize_and_verify(
+    model: nn.Module,
+    args: Args,
+    path: str | Path,
+    method: str | Method | None = "q40",
+    registry: Mapping[str, Method] = DEFAULT_COMPRESSION,
+    *,
+    calibration: Iterable[Any] | None = None,
+    include: Filters | None = None,
+    exclude: Filters | None = None,
+    overrides: Mapping[str, str] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_axes: DynamicAxes | None = None,
+    inference_target: TractNNEF | None = None,
+    inplace: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize `model`, export it to `path`, run the archive in tract, and say what each step cost.
+
+    args: sample inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    path: `x.nnef.tgz`, `x.nnef.tar`, or `x.nnef` (a folder).
+    method: a key of `registry`, a callable with the registry's signature, or None to export and verify only.
+    calibration: batches of inputs, for methods that take a `calibration` argument.
+    include, exclude: fqn globs, regexes or `(module, fqn) -> bool`; overrides: fqn pattern -> another key of `registry`.
+    dynamic_axes: `{"input": {0: "B"}}`; added to those of `inference_target`.
+    inplace: quantize `model` itself instead of a copy that shares the weights left in float.
+    force: replace what is at `path`.
+    progress: called as `(done, total, fqn)` while weights are quantized.
+
+    Raises what `export_model_to_nnef` raises, `T2NErrorInvalidArgument` for a method that does not exist or a path that does, and
+    `T2NErrorImpossibleQuantization`. On any error nothing is written, and `model` is as it was.
+    """
+    target = _target(inference_target, dynamic_axes)
+    destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
+    if destination.exists() and not force:
+        raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
+    steps = _Steps()
+    with steps("capture"):
+        inputs = prepare(model, args, input_names, target.dynamic_axes)
+        captured, graph = captured_graph(model, inputs)
+        naming = Naming(input_names, output_names)
+        plan = relower(captured, graph, type(model).__name__, target, naming)
+    ours = registry is DEFAULT_COMPRESSION and not callable(method)
+    copied = copy_model(model, share_weights=ours or inplace)
+    work, reference = (model, copied) if inplace else (copied, model)
+    with recording() as recorded, _restored_on_error(work), staged(destination) as beside:
+        with steps("quantize"):
+            selection = Selection(uses=weight_uses(graph), include=include, exclude=exclude)
+            extras = {"calibration": calibration, "progress": progress}
+            work = _apply(work, _choices(method, registry, selection, overrides or {}), extras)
+        with steps("export"):
+            captured = captured.rebind(work)
+            plan = relower(captured, to_graph(captured), type(model).__name__, target, naming)
+            size = write_archive(plan.document, beside, form, None)
+        with steps("verify"):
+            archive = check(plan, beside, work, target.check_io_tolerance) if target.check_io else ()
+        with steps("compare with float"):
+            quantization = _cost(plan, reference, work, target) if method is not None else ()
+    rows = _rows(recorded, reference, work, _name(method))
+    return Report(
+        model=type(model).__name__,
+        method=_name(method),
+        archive_path=destination,
+        archive_bytes=size,
+        rows=rows,
+        totals=_totals(rows, work),
+        quantization=quantization,
+        archive=archive,
+        steps=steps.taken(),
+        versions={"torch": torch.__version__, "tract": tract_version, "torch_to_nnef": __version__},
+    )
+
+
+def copy_model(model: nn.Module, share_weights: bool) -> nn.Module:
+    """A copy whose modules are its own; its parameters and buffers too, unless shared (a method of ours replaces, never writes)."""
+    tensors = [*model.parameters(), *model.buffers()] if share_weights else []
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+class _Steps:
+    """Wall-clock seconds of each step, in order."""
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[str, float]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._taken.append((name, time.perf_counter() - start))
+
+    def taken(self) -> tuple[tuple[str, float], ...]:
+        return tuple(self._taken)
+
+
+def _target(target: TractNNEF | None, dynamic_axes: DynamicAxes | None) -> TractNNEF:
+    target = target or TractNNEF.latest()
+    return replace(target, dynamic_axes={**(target.dynamic_axes or {}), **dynamic_axes}) if dynamic_axes else target
+
+
+def _name(method: str | Method | None) -> str | None:
+    return method if method is None or isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+
+
+def _choices(
+    method: str | Method | None, registry: Mapping[str, Method], selection: Selection, overrides: Mapping[str, str]
+) -> list[tuple[Method, Selection]]:
+    """Which method on which weights: the main one on all but those with an override."""
+    others = [(_lookup(key, registry), replace(selection, include=pattern)) for pattern, key in overrides.items()]
+    if method is None:
+        return others
+    excluded = [*as_filters(selection.exclude), *overrides]
+    return [(_lookup(method, registry), replace(selection, exclude=excluded or None)), *others]
+
+
+def _lookup(method: str | Method, registry: Mapping[str, Method]) -> Method:
+    if callable(method):
+        return method
+    if method not in registry:
+        raise T2NErrorInvalidArgument(f"no quantization method {method!r}; the registry has {sorted(registry)}")
+    return registry[method]
+
+
+def _apply(model: nn.Module, choices: Sequence[tuple[Method, Selection]], extras: Mapping[str, Any]) -> nn.Module:
+    for method, selection in choices:
+        model = call_method(method, model, selection=selection, **extras)
+    return model
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Put back every parameter and buffer if the block fails."""
+    holders: list[dict[str, Any]] = [h for m in model.modules() for h in (m._parameters, m._buffers)]
+    held = [(holder, dict(holder)) for holder in holders]
+    try:
+        yield
+    except BaseException:
+        for holder, before in held:
+            holder.clear()
+            holder.update(before)
+        raise
+
+
+def _cost(plan: Plan, reference: nn.Module, quantized: nn.Module, target: TractNNEF) -> tuple[Comparison, ...]:
+    with eval_mode(reference), eval_mode(quantized):
+        sides = plan.runner(reference), plan.runner(quantized)
+        return compare_models(*sides, plan.input_sets(), plan.document.outputs, target.check_io_tolerance)
+
+
+def _rows(
+    recorded: Sequence[TensorRow], before: nn.Module, after: nn.Module, method: str | None
+) -> tuple[TensorRow, ...]:
+    """One row a weight: what methods recorded (the last word counts), and packed weights that a foreign method did not record."""
+    rows = {row.fqn: row for row in recorded}
+    for name, tensor in after.named_parameters():
+        if isinstance(tensor, QTensor) and name not in rows:
+            rows[name] = tensor_row(after, name, before.get_parameter(name), tensor, method)
+    return tuple(rows.values())
+
+
+def _totals(rows: Sequence[TensorRow], model: nn.Module) -> Totals:
+    seen = {row.fqn for row in rows}
+    rest = [tensor for name, tensor in model.named_parameters() if name not in seen]
+    return Totals.of(rows, sum(t.numel() for t in rest), sum(t.numel() * t.element_size() for t in rest))

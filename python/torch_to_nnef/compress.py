@@ -1,0 +1,145 @@
+"""Registries of quantization methods. `DEFAULT_COMPRESSION` is ours; `dynamic_load_registry` reads anyone's.
+
+A method is called as `fn(model, tokenizer=..., export_dirpath=..., local_dir=...)` and changes `model` in place or
+returns another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.quantize.methods.min_max import quantize_min_max
+from torch_to_nnef.quantize.methods.scale_search import quantize_scale_search
+from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection
+
+if TYPE_CHECKING:
+    from torch_to_nnef.quantize.apply import Progress
+
+Method = Callable[..., Any]
+
+
+def quantize_weights_min_max_Q4_0(
+    model: nn.Module,
+    to_quantize_module_classes: Sequence[type[nn.Module]] = (nn.Linear,),
+    percentile: float = 1.0,
+    selection: Selection | None = None,
+    progress: Progress | None = None,
+    method: str = "min_max_q4_0",
+    **kw: Any,
+) -> nn.Module:
+    """Quantize the weights of these module classes (with subclasses) to Q40, in place; returns `model`.
+
+    Args:
+        model: Changed in place; exactly as before if an error is raised.
+        to_quantize_module_classes: Modules whose `weight` is asked for.
+        percentile: In (0, 1]: quantile of the magnitudes of each group of 32 that its scale spans.
+        selection: Filters, and what the captured graph knows about uses.
+        progress: `(done, total, name)`.
+        method: Name shown in reports.
+        **kw: Arguments of the registry call that this method does not need (tokenizer, export_dirpath, local_dir).
+
+    Raises:
+        T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
+
+    """
+    return quantize_min_max(model, to_quantize_module_classes, percentile, selection, progress, method)
+
+
+def quantize_weights_q40(
+    model: nn.Module,
+    to_quantize_module_classes: Sequence[type[nn.Module]] = DEFAULT_CLASSES,
+    selection: Selection | None = None,
+    progress: Progress | None = None,
+    method: str = "q40",
+    **kw: Any,
+) -> nn.Module:
+    """As `quantize_weights_min_max_Q4_0`, with the scale of least squared error in each group: the default method."""
+    return quantize_scale_search(model, to_quantize_module_classes, selection, progress, method)
+
+
+DEFAULT_COMPRESSION: dict[str, Method] = {
+    "q40": quantize_weights_q40,
+    "min_max_q4_0": quantize_weights_min_max_Q4_0,
+    "min_max_q4_0_with_embeddings": partial(
+        quantize_weights_min_max_Q4_0,
+        to_quantize_module_classes=(nn.Linear, nn.Embedding),
+        method="min_max_q4_0_with_embeddings",
+    ),
+    "min_max_q4_0_with_embeddings_99": partial(
+        quantize_weights_min_max_Q4_0,
+        to_quantize_module_classes=(nn.Linear, nn.Embedding),
+        percentile=0.99,
+        method="min_max_q4_0_with_embeddings_99",
+    ),
+    "min_max_q4_0_all": partial(
+        quantize_weights_min_max_Q4_0, to_quantize_module_classes=DEFAULT_CLASSES, method="min_max_q4_0_all"
+    ),
+}
+DEFAULT_COMPRESSION_REGISTRY = f"{__name__}.DEFAULT_COMPRESSION"
+
+
+def dynamic_load_registry(path: str) -> Mapping[str, Method]:
+    """The registry called `path` ("pkg.mod.NAME"); modules in the current folder are found too.
+
+    Raises:
+        T2NErrorInvalidArgument: Not a dotted name, no such module or attribute, an import that fails, or not a mapping
+            of
+            names to callables.
+
+    """
+    module_name, _, attribute = path.rpartition(".")
+    if not module_name or not attribute:
+        raise T2NErrorInvalidArgument(f"a registry is named like `pkg.mod.NAME`: got {path!r}")
+    registry = getattr(_import(module_name), attribute, None)
+    if registry is None:
+        raise T2NErrorInvalidArgument(f"module `{module_name}` has no `{attribute}`")
+    if not isinstance(registry, Mapping) or not all(isinstance(k, str) and callable(v) for k, v in registry.items()):
+        raise T2NErrorInvalidArgument(f"`{path}` is not a mapping of method names to callables")
+    return registry
+
+
+def call_method(
+    fn: Method,
+    model: nn.Module,
+    tokenizer: Any = None,
+    export_dirpath: Path | None = None,
+    local_dir: Path | None = None,
+    **extras: Any,
+) -> nn.Module:
+    """Run a registry method; returns the model it returned, or `model` if it returned none.
+
+    `extras` (selection, progress, calibration...) are passed where the signature of `fn` takes them.
+
+    Raises:
+        T2NErrorInvalidArgument: `fn` returned something that is not a module.
+
+    """
+    parameters = inspect.signature(fn).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    given = {"tokenizer": tokenizer, "export_dirpath": export_dirpath, "local_dir": local_dir}
+    returned = fn(model, **given, **{k: v for k, v in extras.items() if takes_all or k in parameters})
+    if returned is not None and not isinstance(returned, nn.Module):
+        raise T2NErrorInvalidArgument(f"method {fn!r} returned {type(returned).__name__}: expected a module or None")
+    return model if returned is None else returned
+
+
+def _import(module_name: str) -> Any:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module_name)
+    except Exception as failure:
+        raise T2NErrorInvalidArgument(
+            f"cannot import `{module_name}`: {type(failure).__name__}: {failure}"
+        ) from failure
+    finally:
+        sys.path.remove(here)

@@ -1,0 +1,184 @@
+"""The user's sample inputs: flattened, named, with their dynamic axes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torch_to_nnef.exceptions import (
+    T2NErrorDynamicShapeValue,
+    T2NErrorInvalidArgument,
+    T2NErrorIoQuantity,
+)
+
+Args = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor
+DynamicAxes = Mapping[str, Mapping[int, str]]
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Words of the NNEF grammar (spec 1.0.5, section 2) that cannot name a tensor.
+_RESERVED = frozenset(
+    {
+        "version",
+        "extension",
+        "graph",
+        "fragment",
+        "tensor",
+        "integer",
+        "scalar",
+        "logical",
+        "string",
+        "true",
+        "false",
+        "for",
+        "in",
+        "if",
+        "else",
+        "yield",
+        "lengthof",
+        "shape_of",
+        "range_of",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Flat tensors with one name each; `axes[i]` maps an axis of input i to the name of its symbol."""
+
+    names: tuple[str, ...]
+    tensors: tuple[torch.Tensor, ...]
+    axes: tuple[Mapping[int, str], ...]
+    spec: pytree.TreeSpec
+
+    def unflatten(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` of the model with `leaves` in the place of the tensors."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
+        return args, kwargs
+
+    def sizes(self) -> dict[str, int]:
+        """Size of every symbol in these samples."""
+        return {
+            name: tensor.shape[axis]
+            for tensor, axes in zip(self.tensors, self.axes, strict=True)
+            for axis, name in axes.items()
+        }
+
+    def resized(self, sizes: Mapping[str, int]) -> Inputs:
+        """Samples at other sizes: rows are repeated or cut, so that ids and masks stay legal."""
+        return replace(
+            self,
+            tensors=tuple(
+                resize(t, {axis: sizes[s] for axis, s in axes.items()})
+                for t, axes in zip(self.tensors, self.axes, strict=True)
+            ),
+        )
+
+
+def resize(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
+    """`tensor` with axis sizes replaced; indices cycle over the old size, an empty axis (a cache, say) grows zeros."""
+    for axis, size in sizes.items():
+        old = tensor.shape[axis]
+        if old == 0:
+            tensor = tensor.new_zeros([*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]])
+        elif size != old:
+            tensor = tensor.index_select(axis, torch.arange(size, device=tensor.device) % old)
+    return tensor
+
+
+def prepare(
+    model: torch.nn.Module, args: Args, input_names: Sequence[str] | None, dynamic_axes: DynamicAxes | None
+) -> Inputs:
+    """Flatten and name `args`: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+    Raises: `T2NErrorInvalidArgument` for what is no tensor, or for a bad or repeated name; `T2NErrorIoQuantity` when the names are not one
+    a tensor; `T2NErrorDynamicShapeValue` for an axis that does not exist.
+    """
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    structure: tuple[tuple[Any, ...], dict[str, Any]] = (
+        ((), dict(args)) if isinstance(args, Mapping) else (tuple(args), {})
+    )
+    leaves, spec = pytree.tree_flatten(structure)
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            raise T2NErrorInvalidArgument(
+                f"argument {index} of the model is {type(leaf).__name__} ({leaf!r:.80}); an exported graph takes tensors only: "
+                "bind other values first, e.g. in a wrapper module or with functools.partial"
+            )
+    names = tuple(input_names) if input_names is not None else _default_names(model, structure)
+    if len(names) != len(leaves):
+        raise T2NErrorIoQuantity(f"{len(names)} input names {list(names)} for {len(leaves)} input tensors")
+    check_names(names, "input")
+    return Inputs(names, tuple(leaves), _axes_by_input(names, leaves, dynamic_axes or {}), spec)
+
+
+def check_names(names: Sequence[str], kind: str) -> None:
+    """Refuse names that graph.nnef cannot hold, and repeated ones."""
+    for name in names:
+        if not _IDENTIFIER.fullmatch(name) or name in _RESERVED:
+            raise T2NErrorInvalidArgument(
+                f"{kind} name {name!r} is not an NNEF identifier (letters, digits, _; no keyword)"
+            )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise T2NErrorInvalidArgument(f"{kind} names must differ; repeated: {repeated}")
+
+
+def _default_names(model: torch.nn.Module, structure: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[str, ...]:
+    """Names of forward's parameters; a nested argument adds the path within it."""
+    args, kwargs = structure
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "input")
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.POSITIONAL_ONLY]
+    named = {positional[i] if i < len(positional) else f"{variadic}_{i}": arg for i, arg in enumerate(args)} | kwargs
+    paths, _ = pytree.tree_flatten_with_path(named)
+    return tuple(
+        "_".join(re.sub(r"\W+", "_", str(getattr(key, "key", getattr(key, "idx", key)))).strip("_") for key in path)
+        for path, _ in paths
+    )
+
+
+def _axes_by_input(
+    names: Sequence[str], leaves: Sequence[torch.Tensor], dynamic_axes: DynamicAxes
+) -> tuple[dict[int, str], ...]:
+    unknown = sorted(set(dynamic_axes) - set(names))
+    if unknown:
+        raise T2NErrorDynamicShapeValue(f"dynamic_axes names {unknown}, but the inputs are {list(names)}")
+    result = []
+    for name, leaf in zip(names, leaves, strict=True):
+        axes: dict[int, str] = {}
+        for axis, symbol in dynamic_axes.get(name, {}).items():
+            if not isinstance(axis, int) or not -leaf.dim() <= axis < leaf.dim():
+                raise T2NErrorDynamicShapeValue(
+                    f"dynamic_axes[{name!r}] has axis {axis!r}, but {name!r} has rank {leaf.dim()}"
+                )
+            if (
+                not isinstance(symbol, str)
+                or not _IDENTIFIER.fullmatch(symbol)
+                or symbol in _RESERVED
+                or symbol in names
+            ):
+                raise T2NErrorDynamicShapeValue(f"dynamic_axes[{name!r}][{axis}] = {symbol!r} is not a free identifier")
+            axes[axis % leaf.dim()] = symbol
+        result.append(axes)
+    _check_shared_symbols(names, leaves, result)
+    return tuple(result)
+
+
+def _check_shared_symbols(
+    names: Sequence[str], leaves: Sequence[torch.Tensor], axes: Sequence[Mapping[int, str]]
+) -> None:
+    seen: dict[str, tuple[int, str]] = {}
+    for name, leaf, by_axis in zip(names, leaves, axes, strict=True):
+        for axis, symbol in by_axis.items():
+            size, first = seen.setdefault(symbol, (leaf.shape[axis], name))
+            if size != leaf.shape[axis]:
+                raise T2NErrorDynamicShapeValue(
+                    f"axis {symbol!r} has size {size} in {first!r} but {leaf.shape[axis]} in {name!r}; give them different names"
+                )

@@ -1,0 +1,36 @@
+"""Replacements of torch functions for the time of a capture, where torch would burn a size into the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch.nn.functional import max_pool2d
+
+Size = int | tuple[int, ...] | list[int]
+
+
+@contextmanager
+def symbolic_max_pool1d() -> Iterator[None]:
+    """torch.max_pool1d reads its length as a number; the same over one row of two dimensions does not."""
+    with mock.patch.object(torch, "max_pool1d", _max_pool1d):
+        yield
+
+
+def _max_pool1d(
+    input: torch.Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+) -> torch.Tensor:
+    kernel, pad, spread = ((first, _one(value)) for first, value in ((1, kernel_size), (0, padding), (1, dilation)))
+    step = (1, _one(stride)) if stride else kernel
+    return max_pool2d(input.unsqueeze(-2), kernel, step, pad, spread, ceil_mode).squeeze(-2)
+
+
+def _one(value: Size) -> int:
+    return value if isinstance(value, int) else value[0]

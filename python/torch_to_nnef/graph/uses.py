@@ -1,0 +1,46 @@
+"""How the captured graph consumes each parameter: what decides whether it may be packed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torch_to_nnef.graph.ir import Graph, Value
+from torch_to_nnef.quantize.targets import Use
+
+aten = torch.ops.aten
+
+# (op, position of the argument) -> use.
+_USES: Mapping[tuple[torch._ops.OpOverload, int], Use] = {
+    (aten.linear.default, 1): Use.LINEAR,
+    (aten.embedding.default, 0): Use.EMBEDDING,
+    (aten.conv1d.default, 1): Use.CONV,
+    (aten.conv1d.padding, 1): Use.CONV,
+    (aten.conv2d.default, 1): Use.CONV,
+    (aten.conv2d.padding, 1): Use.CONV,
+    (aten.conv_transpose1d.default, 1): Use.CONV_TRANSPOSE,
+    (aten.conv_transpose2d.input, 1): Use.CONV_TRANSPOSE,
+}
+_SAME = frozenset({aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default})
+
+
+def weight_uses(graph: Graph) -> dict[str, frozenset[Use]]:
+    """Fqn -> uses, for every tensor the graph reads; all fqns of a shared tensor have the uses of each of them."""
+    origin = {name: id(graph.tensors[fqn]) for name, fqn in graph.weights.items()}
+    uses = defaultdict[int, set[Use]](set)
+    for node in graph.nodes:
+        if node.target in _SAME and isinstance(node.args[0], Value) and node.args[0].name in origin:
+            origin[node.outputs[0].name] = origin[node.args[0].name]
+            continue
+        for position, arg in enumerate((*node.args, *node.kwargs.values())):
+            for leaf in pytree.tree_leaves(arg):
+                if isinstance(leaf, Value) and leaf.name in origin:
+                    uses[origin[leaf.name]].add(_USES.get((node.target, position), Use.OTHER))
+    for value in graph.outputs:
+        if value.name in origin:
+            uses[origin[value.name]].add(Use.OTHER)
+    used = set(graph.weights.values())
+    return {fqn: frozenset(uses[id(t)]) for fqn, t in graph.tensors.items() if fqn in used or id(t) in uses}

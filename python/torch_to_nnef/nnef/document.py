@@ -1,0 +1,30 @@
+"""An NNEF graph before it is text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch_to_nnef.op.statement import Ref, Statement, Variable
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """All that graph.nnef says, and the tensors it names.
+
+    `extensions` are further lines behind `extension` (`tract_assert S >= 1`); `properties` become tract_core_properties.
+    """
+
+    name: str
+    inputs: tuple[Ref, ...]
+    outputs: tuple[str, ...]
+    statements: tuple[Statement, ...]
+    variables: tuple[Variable, ...]
+    symbols: tuple[str, ...] = ()
+    extensions: tuple[str, ...] = ()
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def operators(self) -> frozenset[str]:
+        """Operators and fragments that statements call."""
+        return frozenset(s.operator for s in self.statements)

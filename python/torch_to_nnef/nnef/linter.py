@@ -1,0 +1,90 @@
+"""Refuses uses of packed weights that tract computes wrongly or crashes on; tract itself does not look (0.23.9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+from torch_to_nnef.exceptions import T2NErrorConsistency
+from torch_to_nnef.nnef.document import Document
+from torch_to_nnef.op.statement import Ref, Statement, Variable
+from torch_to_nnef.tensor.quant import QTensor
+
+_GROUP = 32
+# A rule: (statement, the packed operand) -> what is wrong, or None.
+Rule = Callable[[Statement, Ref], str | None]
+
+
+def _attr(statement: Statement, name: str) -> object:
+    return dict(statement.attrs).get(name)
+
+
+def _einsum(statement: Statement, weight: Ref) -> str | None:
+    """K, the summed axis, must be the weight's last: tract multiplies wrongly if square and crashes if not."""
+    operands = statement.args[0]
+    terms, _, output = str(_attr(statement, "expr")).partition("->")
+    term = terms.split(",")[[ref.id for ref in operands].index(weight.id)]
+    summed = [axis for axis in term if axis not in output]
+    if summed != [term[-1]]:
+        return f"einsum {_attr(statement, 'expr')!r} must sum over the last axis of the weight, and only over it"
+    return None
+
+
+def _matmul(statement: Statement, weight: Ref) -> str | None:
+    if statement.args[0].id == weight.id:
+        return None if not _attr(statement, "transposeA") else "matmul with a transposed packed left side"
+    return (
+        None if _attr(statement, "transposeB") else "matmul takes a packed right side as transposed whatever it is told"
+    )
+
+
+def _second(statement: Statement, weight: Ref) -> str | None:
+    return None if statement.args[1].id == weight.id else "the packed tensor must be the filter"
+
+
+def _gather(statement: Statement, weight: Ref) -> str | None:
+    if statement.args[0].id != weight.id or _attr(statement, "axis") != 0 or _attr(statement, "datum_type") is None:
+        return "gather of packed rows needs axis = 0 and a datum_type"
+    return None
+
+
+RULES: Mapping[str, Rule] = {
+    "tract_core_einsum": _einsum,
+    "matmul": _matmul,
+    "linear": _second,
+    "conv": _second,
+    "tract_core_gather": _gather,
+}
+
+
+def lint(document: Document) -> None:
+    """Raise `T2NErrorConsistency` that lists every illegal use of a packed weight (rules: tract 0.23.9, measured)."""
+    packed = {v.id: v for v in document.variables if isinstance(v.tensor, QTensor)}
+    faults = [fault for v in packed.values() if (fault := _shape_fault(v))]
+    for statement in document.statements:
+        for ref in _refs(statement):
+            if ref.id not in packed:
+                continue
+            rule = RULES.get(statement.operator)
+            fault = f"{statement.operator} has no kernel for packed weights" if rule is None else rule(statement, ref)
+            if fault:
+                faults.append(f"{packed[ref.id].label} in module {statement.module_path or '<root module>'}: {fault}")
+    faults += [f"{v.label}: a packed weight cannot be an output" for v in packed.values() if v.id in document.outputs]
+    if faults:
+        raise T2NErrorConsistency(
+            "tract cannot use these packed weights; keep them in float (exclude=):\n  " + "\n  ".join(faults)
+        )
+
+
+def _shape_fault(variable: Variable) -> str | None:
+    shape = tuple(variable.tensor.shape)
+    if len(shape) < 2 or prod(shape[1:]) % _GROUP:
+        return f"{variable.label}: shape {list(shape)} has no whole groups of {_GROUP} in a row"
+    return None
+
+
+def _refs(statement: Statement) -> list[Ref]:
+    flat: list[Ref] = []
+    for arg in statement.args:
+        flat += [a for a in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(a, Ref)]
+    return flat

@@ -1,0 +1,136 @@
+"""`Graph` -> `Document`, through the op table."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torch_to_nnef.exceptions import T2NErrorMissingOpEmitter
+from torch_to_nnef.graph.ir import Graph, Node, Value
+from torch_to_nnef.nnef.document import Document
+from torch_to_nnef.nnef.names import Names, VariableNamingScheme
+from torch_to_nnef.op.emitter import Emitter
+from torch_to_nnef.op.registry import table
+from torch_to_nnef.op.statement import Ref, Statement, Variable
+from torch_to_nnef.tensor.quant import QTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A document, and for every torch node the identifier that holds its value."""
+
+    document: Document
+    identifiers: Mapping[str, str]
+
+
+def missing_ops(graph: Graph) -> list[torch._ops.OpOverload]:
+    """Ops of the graph without a handler, each once."""
+    ops = table()
+    return list(dict.fromkeys(node.target for node in graph.nodes if node.target not in ops))
+
+
+def refuse_missing(graph: Graph) -> None:
+    """Raise `T2NErrorMissingOpEmitter` that lists every op without handler, with counts and module paths."""
+    ops = table()
+    nodes = defaultdict[Any, list[Node]](list)
+    for node in graph.nodes:
+        if node.target not in ops:
+            nodes[node.target].append(node)
+    if not nodes:
+        return
+    lines = []
+    for op, uses in nodes.items():
+        places = Counter(node.module_path or "<root module>" for node in uses)
+        shown = ", ".join(f"{path} x{n}" if n > 1 else path for path, n in places.most_common(5))
+        more = f" and {len(places) - 5} more modules" if len(places) > 5 else ""
+        lines.append(f"  {op} ({len(uses)} use{'s' * (len(uses) > 1)}): {shown}{more}")
+        lines += [f"    first at {uses[0].source}"] if uses[0].source else []
+    raise T2NErrorMissingOpEmitter(f"{len(nodes)} ATen operator(s) have no lowering to NNEF:\n" + "\n".join(lines))
+
+
+def lower(graph: Graph, name: str, output_names: Sequence[str], scheme: VariableNamingScheme) -> Lowered:
+    """Lower every node. `output_names` are one an output of the graph; raises what handlers raise, or `T2NErrorMissingOpEmitter`."""
+    refuse_missing(graph)
+    return _Lowering(graph, output_names, scheme).run(name)
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, output_names: Sequence[str], scheme: VariableNamingScheme) -> None:
+        self.graph, self.output_names, self.ops = graph, output_names, table()
+        self.names = Names(scheme, [*graph.input_names, *output_names, *graph.symbols])
+        self.variables: dict[int, Variable] = {}
+        self.env: dict[str, Ref | None] = {}
+        producers = {value.name: node for node in graph.nodes for value in node.outputs}
+        self.emitter = Emitter(self.names.fresh, producers, lambda fqn: isinstance(graph.tensors[fqn], QTensor))
+
+    def run(self, name: str) -> Lowered:
+        inputs = []
+        for value, given in zip(self.graph.inputs, self.graph.input_names, strict=True):
+            inputs.append(Ref(given, value.shape, value.dtype))
+            self.env[value.name] = inputs[-1]
+        for node in self.graph.nodes:
+            self._node(node)
+        rename = self._outputs()
+        statements = tuple(_renamed(s, rename) for s in self.emitter.statements)
+        identifiers = {n: rename.get(r.id, r.id) for n, r in self.env.items() if r is not None and r.fqn is None}
+        variables = sorted([*self.variables.values(), *self.emitter.variables.values()], key=lambda v: v.label)
+        name = Names(VariableNamingScheme.RAW, ()).unique(name)
+        document = Document(
+            name, tuple(inputs), tuple(self.output_names), statements, tuple(variables), self.graph.symbols
+        )
+        return Lowered(document, identifiers)
+
+    def _node(self, node: Node) -> None:
+        self.emitter.node = node
+        args, kwargs = pytree.tree_map(
+            lambda a: self._ref(a) if isinstance(a, Value) else a, (node.args, dict(node.kwargs))
+        )
+        result = self.ops.lower(self.emitter, node, args, kwargs)
+        results = result if isinstance(result, list) else [result]
+        for index, value in enumerate(node.outputs):
+            # A handler may give fewer results than torch has; what is then used fails in `_ref`.
+            self.env[value.name] = results[index] if index < len(results) else None
+
+    def _ref(self, value: Value) -> Ref:
+        if value.name not in self.env:
+            self.env[value.name] = self._weight(value)
+        ref = self.env[value.name]
+        if ref is None:
+            raise self.emitter.refuse(
+                f"its argument {value.name} is a result that has no lowering (indices of max pooling?)"
+            )
+        return ref
+
+    def _weight(self, value: Value) -> Ref:
+        fqn = self.graph.weights[value.name]
+        tensor = self.graph.tensors[fqn]
+        if id(tensor) not in self.variables:
+            self.variables[id(tensor)] = Variable(self.names.unique(fqn), fqn, tensor)
+        return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), tensor.dtype, fqn)
+
+    def _outputs(self) -> dict[str, str]:
+        """Give results their output names; what is an input, a weight, or given out already is copied."""
+        rename: dict[str, str] = {}
+        produced = {r for s in self.emitter.statements for r in s.results}
+        for value, name in zip(self.graph.outputs, self.output_names, strict=True):
+            ref = self._ref(value)
+            if ref.id == name:  # an input handed through under its own name
+                continue
+            if ref.id in produced and ref.id not in rename:
+                rename[ref.id] = name
+            else:
+                self.emitter.statements.append(Statement((name,), "copy", (ref,), (), value.name, ""))
+        return rename
+
+
+def _renamed(statement: Statement, names: Mapping[str, str]) -> Statement:
+    def leaf(value: Any) -> Any:
+        return replace(value, id=names.get(value.id, value.id)) if isinstance(value, Ref) else value
+
+    args = tuple(pytree.tree_map(leaf, list(statement.args)))
+    return replace(statement, results=tuple(names.get(r, r) for r in statement.results), args=args)

@@ -1,0 +1,68 @@
+"""`Document` -> archive on disk, through the native writer: streamed, deterministic, in place in one rename."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from torch_to_nnef._native import ArchiveWriter
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.nnef.document import Document
+from torch_to_nnef.nnef.text import graph_text
+from torch_to_nnef.op.dtypes import tract_dtype
+from torch_to_nnef.tensor.quant import QTensor
+
+
+def target_path(path: str | Path, compression_level: int | None) -> tuple[Path, str]:
+    """`(path, form)` by suffix and level: `.nnef` + None -> folder, + 0 -> `.nnef.tar`, + 1..9 -> `.nnef.tgz`; full suffixes as named.
+
+    Raises `T2NErrorInvalidArgument` for a path without `.nnef` or a level outside 0..9.
+    """
+    path = Path(path)
+    if compression_level is not None and not 0 <= compression_level <= 9:
+        raise T2NErrorInvalidArgument(f"compression_level must be None or 0..9, not {compression_level}")
+    if path.name.endswith(".nnef.tar"):
+        return path, "tar"
+    if path.name.endswith(".nnef.tgz"):
+        return path, "tgz"
+    if path.suffix != ".nnef":
+        raise T2NErrorInvalidArgument(f"{path} must end in .nnef, .nnef.tar or .nnef.tgz")
+    if compression_level is None:
+        return path, "folder"
+    form = "tgz" if compression_level else "tar"
+    return path.with_name(f"{path.name}.{form}"), form
+
+
+def write_archive(document: Document, path: Path, form: str, compression_level: int | None) -> int:
+    """Write `document` at `path`; bytes on disk. On any error what was at `path` before is untouched."""
+    writer = ArchiveWriter(path, form, compression_level or (1 if form == "tgz" else 0))  # type: ignore[arg-type]
+    try:
+        writer.add_text("graph.nnef", graph_text(document))
+        for variable in document.variables:
+            if isinstance(variable.tensor, QTensor):
+                _add_packed(writer, variable.label, variable.tensor)
+            else:
+                _add_plain(writer, variable.label, variable.tensor)
+        return writer.finish()
+    finally:
+        writer.abort()
+
+
+def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """The elements as little-endian bytes, 1-D, without a copy where the tensor is contiguous on CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _add_plain(writer: ArchiveWriter, label: str, tensor: torch.Tensor) -> None:
+    writer.add_tensor(label, tract_dtype(tensor.dtype, label), list(tensor.shape), raw_bytes(tensor))
+
+
+def _add_packed(writer: ArchiveWriter, label: str, tensor: QTensor) -> None:
+    """A QTensor knows its own bytes: it writes its `.dat`, which is then taken into the archive."""
+    with tempfile.TemporaryDirectory() as folder:
+        tensor.write_in_file(folder, label)
+        writer.add_dat_file(label, Path(folder) / f"{label}.dat")

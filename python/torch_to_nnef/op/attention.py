@@ -1,0 +1,83 @@
+"""Scaled dot-product attention as matmul, softmax, matmul: plain NNEF that every tract runs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from torch_to_nnef.graph.ir import Dim
+from torch_to_nnef.op.emitter import Emitter
+from torch_to_nnef.op.registry import lowers
+from torch_to_nnef.op.statement import Ref
+
+aten = torch.ops.aten
+
+# Below every finite score, so that softmax gives it 0 beside any of them; -inf would give NaN in a row that is masked whole.
+_MASKED = -3.0e38
+
+
+@lowers(aten.scaled_dot_product_attention.default)
+def scaled_dot_product_attention(
+    e: Emitter,
+    query: Ref,
+    key: Ref,
+    value: Ref,
+    attn_mask: Ref | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Ref:
+    """softmax(query @ key^T * scale + mask) @ value; query (..., L, E), key (..., S, E), value (..., S, Ev).
+
+    As in torch, a row whose keys are all masked by a boolean mask gives zeros.
+    """
+    if dropout_p:
+        raise e.refuse("dropout in attention; put the model in eval mode")
+    if enable_gqa:
+        key, value = (_repeat_heads(e, side, query) for side in (key, value))
+    *batch, rows, features = query.shape
+    columns = key.shape[-2]
+    if scale is None:
+        if not isinstance(features, int):
+            raise e.refuse("the head size is dynamic; give scale=")
+        scale = 1 / math.sqrt(features)
+    scores = e.op("matmul", query, key, out=(*batch, rows, columns), hint="scores", transposeB=True)
+    scores = e.binary("mul", scores, scale, scores.dtype)
+    mask = _causal(e, rows, columns) if is_causal else attn_mask
+    if mask is None:
+        return _weighted(e, e.op("softmax", scores, hint="attention", axes=[scores.rank - 1]), value)
+    mask = e.lift(mask, scores.rank)
+    if mask.dtype is not torch.bool:
+        scores = e.binary("add", scores, mask, scores.dtype)
+        return _weighted(e, e.op("softmax", scores, hint="attention", axes=[scores.rank - 1]), value)
+    masked = torch.finfo(scores.dtype).min if scores.dtype is torch.float16 else _MASKED
+    low, zero = (e.lift(e.full(v, scores.dtype), scores.rank) for v in (masked, 0.0))
+    scores = e.op("select", mask, scores, low, out=scores.shape, dtype=scores.dtype, hint="masked")
+    attention = e.op("softmax", scores, hint="attention", axes=[scores.rank - 1])
+    attention = e.op("select", mask, attention, zero, out=scores.shape, dtype=scores.dtype, hint="attention")
+    return _weighted(e, attention, value)
+
+
+def _weighted(e: Emitter, attention: Ref, value: Ref) -> Ref:
+    return e.op("matmul", attention, value, out=(*attention.shape[:-1], value.shape[-1]))
+
+
+def _causal(e: Emitter, rows: Dim, columns: Dim) -> Ref:
+    """Lower triangle aligned to the top left, as torch defines is_causal."""
+    row, column = (e.arange(0, 1, n, torch.int64) for n in (rows, columns))
+    return e.op("ge", e.unsqueeze(row, [1]), e.unsqueeze(column, [0]), dtype=torch.bool, hint="causal")
+
+
+def _repeat_heads(e: Emitter, side: Ref, query: Ref) -> Ref:
+    """Share each key/value head between consecutive query heads: (B, Hkv, S, E) -> (B, Hq, S, E)."""
+    heads, wanted = side.shape[-3], query.shape[-3]
+    if not isinstance(heads, int) or not isinstance(wanted, int):
+        raise e.refuse("the number of heads is dynamic")
+    if heads == wanted:
+        return side
+    *batch, _, rows, features = side.shape
+    spread = e.broadcast_to(e.unsqueeze(side, [side.rank - 2]), (*batch, heads, wanted // heads, rows, features))
+    return e.reshape(spread, (*batch, wanted, rows, features))

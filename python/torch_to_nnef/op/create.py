@@ -1,0 +1,92 @@
+"""Tensors from nothing, and casts."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_to_nnef.graph.ir import Dim
+from torch_to_nnef.op.emitter import Emitter, Scalar
+from torch_to_nnef.op.registry import Lowering, lowers
+from torch_to_nnef.op.statement import Ref
+
+aten = torch.ops.aten
+
+
+def _filled(e: Emitter, value: Scalar) -> Ref:
+    return e.broadcast_to(e.full(value), e.out.shape)
+
+
+@lowers(aten.full.default)
+def full(e: Emitter, fill_value: Scalar) -> Ref:
+    """One value everywhere."""
+    return _filled(e, fill_value)
+
+
+@lowers(aten.full_like.default, aten.new_full.default)
+def full_like(e: Emitter, x: Ref, fill_value: Scalar) -> Ref:
+    """One value, with the shape or the dtype of another tensor."""
+    return _filled(e, fill_value)
+
+
+@lowers(aten.scalar_tensor.default)
+def scalar_tensor(e: Emitter, s: Scalar) -> Ref:
+    """A rank-0 tensor."""
+    return _filled(e, s)
+
+
+def _constant(value: int) -> tuple[Lowering, Lowering]:
+    def sized(e: Emitter) -> Ref:
+        return _filled(e, value)
+
+    def like(e: Emitter, x: Ref) -> Ref:
+        return _filled(e, value)
+
+    return sized, like
+
+
+for _value, _sized_op, _like_ops in (
+    (0, aten.zeros.default, (aten.zeros_like.default, aten.new_zeros.default)),
+    (1, aten.ones.default, (aten.ones_like.default, aten.new_ones.default)),
+):
+    _sized, _like = _constant(_value)
+    lowers(_sized_op)(_sized)
+    lowers(*_like_ops)(_like)
+
+
+@lowers(aten.arange.default)
+def arange(e: Emitter, end: Dim) -> Ref:
+    """0, 1, ... before end."""
+    return arange_step(e, 0, end, 1)
+
+
+@lowers(aten.arange.start)
+def arange_start(e: Emitter, start: Dim, end: Dim) -> Ref:
+    """Start, start + 1, ... before end."""
+    return arange_step(e, start, end, 1)
+
+
+@lowers(aten.arange.start_step)
+def arange_step(e: Emitter, start: Dim, end: Dim, step: Dim = 1) -> Ref:
+    """Start, start + step, ... before end; integers or dimensions."""
+    if any(isinstance(v, float) for v in (start, end, step)):
+        values = (start, end, step)
+        if not all(isinstance(v, (int, float)) for v in values):
+            raise e.refuse("a float range over a dynamic size; make integers and scale them")
+        return e.constant(torch.arange(*values, dtype=e.out.dtype), "arange")
+    if not isinstance(step, int):
+        raise e.refuse("the step is dynamic")
+    return e.arange(start, step, e.out.shape[0], e.out.dtype)
+
+
+@lowers(aten._to_copy.default, aten.to.dtype_layout, aten.to.dtype, aten.to.device)
+def to(e: Emitter, x: Ref) -> Ref:
+    """Cast to the output's dtype; devices and layouts mean nothing in an archive."""
+    if e.out.dtype is torch.bool and x.dtype is not torch.bool:
+        return e.binary("ne", x, 0, x.dtype, result=torch.bool)
+    return e.cast(x, e.out.dtype)
+
+
+@lowers(aten.to.other, aten.type_as.default)
+def to_other(e: Emitter, x: Ref, other: Ref) -> Ref:
+    """Cast to another tensor's dtype."""
+    return to(e, x)

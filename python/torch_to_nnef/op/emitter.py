@@ -1,0 +1,210 @@
+"""What a handler writes with: statements, constants, rank alignment, casts. It never sees names or files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.graph.ir import Dim, Node, Shape, Value
+from torch_to_nnef.op.dtypes import tract_dtype
+from torch_to_nnef.op.statement import Ref, Statement, Variable
+
+Scalar = int | float | bool
+
+
+class Emitter:
+    """Collects the statements of one graph. `node` is the call being lowered; `fresh` gives unused identifiers for it."""
+
+    def __init__(
+        self, fresh: Callable[[Node | None, str], str], producers: dict[str, Node], quantized: Callable[[str], bool]
+    ) -> None:
+        self.statements: list[Statement] = []
+        self.variables: dict[str, Variable] = {}
+        self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
+        self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
+        self._fresh, self._producers, self._quantized = fresh, producers, quantized
+
+    # -- statements
+
+    def op(
+        self,
+        operator: str,
+        *args: Any,
+        out: Shape | None = None,
+        dtype: torch.dtype | None = None,
+        hint: str = "",
+        **attrs: Any,
+    ) -> Ref:
+        """Emit `result = operator(args, attrs)`; `out` is the result's shape.
+
+        By default the result broadcasts the tensors of `args` and has the dtype of the first.
+        """
+        tensors = [a for a in args if isinstance(a, Ref)]
+        shape = broadcast([t.shape for t in tensors]) if out is None else tuple(out)
+        return self.ops(operator, *args, results=[(shape, dtype or tensors[0].dtype)], hint=hint, **attrs)[0]
+
+    def ops(
+        self, operator: str, *args: Any, results: Sequence[tuple[Shape, torch.dtype]], hint: str = "", **attrs: Any
+    ) -> list[Ref]:
+        """Emit an operator with several results, given as (shape, dtype)."""
+        refs = [Ref(self._fresh(self.node, hint or _op_name(self.node)), shape, dtype) for shape, dtype in results]
+        self.statements.append(
+            Statement(
+                tuple(r.id for r in refs), operator, args, tuple(attrs.items()), self.node.name, self.node.module_path
+            )
+        )
+        return refs
+
+    def constant(self, tensor: torch.Tensor, hint: str) -> Ref:
+        """A tensor the handler computed, stored once in the archive however many nodes need it."""
+        key = (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
+        if key not in self._constants:
+            name = self._fresh(None, f"constant_{hint}")
+            self._constants[key] = Ref(name, tuple(tensor.shape), tensor.dtype)
+            self.variables[name] = Variable(name, name, tensor)
+        return self._constants[key]
+
+    def full(self, value: Scalar, dtype: torch.dtype | None = None) -> Ref:
+        """A rank-0 constant of `dtype` (the output's by default); NNEF literals cannot say infinities, and have no dtype."""
+        return self.constant(torch.tensor(value, dtype=dtype or self.out.dtype), "scalar")
+
+    def arange(self, start: Dim, step: int, length: Dim, dtype: torch.dtype) -> Ref:
+        """`length` integers: start, start + step, ..."""
+        if isinstance(length, int) and isinstance(start, int):
+            return self.constant(torch.arange(length, dtype=dtype) * step + start, "arange")
+        positions = self.op("t2n_positions", out=(length,), dtype=torch.int64, hint="arange", length=length)
+        steps = positions if step == 1 else self.binary("mul", positions, step, torch.int64)
+        return self.cast(steps if start == 0 else self.binary("add", steps, start, torch.int64), dtype)
+
+    # -- what the node says
+
+    @property
+    def out(self) -> Value:
+        """First output of the node: the shape and dtype torch computed."""
+        return self.node.outputs[0]
+
+    def is_quantized(self, ref: Ref) -> bool:
+        """Whether `ref` is a weight that stays packed in the archive."""
+        return ref.fqn is not None and self._quantized(ref.fqn)
+
+    def refuse(self, reason: str) -> T2NErrorNotImplemented:
+        """The error for a call tract cannot do: `raise e.refuse("...")`."""
+        return T2NErrorNotImplemented(f"{self.node.target} at {self.node.where()}: {reason}")
+
+    def axis(self, dim: int, rank: int | None = None) -> int:
+        """`dim` counted from the front, over the rank of the output unless given."""
+        return dim % max(len(self.out.shape) if rank is None else rank, 1)
+
+    # -- shapes and types
+
+    def lift(self, ref: Ref, rank: int) -> Ref:
+        """Add leading unit axes up to `rank`: NNEF aligns ranks on the left, torch on the right."""
+        missing = rank - ref.rank
+        if missing <= 0:
+            return ref
+        return self.op("unsqueeze", ref, out=(1,) * missing + ref.shape, hint="lift", axes=list(range(missing)))
+
+    def unsqueeze(self, ref: Ref, axes: Sequence[int]) -> Ref:
+        """Insert unit axes at positions of the result."""
+        shape = list(ref.shape)
+        for axis in sorted(axes):
+            shape.insert(axis, 1)
+        return self.op("unsqueeze", ref, out=tuple(shape), axes=sorted(axes)) if axes else ref
+
+    def squeeze(self, ref: Ref, axes: Sequence[int]) -> Ref:
+        """Remove unit axes."""
+        shape = tuple(d for i, d in enumerate(ref.shape) if i not in axes)
+        return self.op("squeeze", ref, out=shape, axes=sorted(axes)) if axes else ref
+
+    def reshape(self, ref: Ref, shape: Shape) -> Ref:
+        """View as `shape`; every dimension is written out, symbols included."""
+        return ref if ref.shape == tuple(shape) else self.op("reshape", ref, out=tuple(shape), shape=list(shape))
+
+    def broadcast_to(self, ref: Ref, shape: Shape) -> Ref:
+        """Repeat unit axes up to `shape`."""
+        ref = self.lift(ref, len(shape))
+        if ref.shape == tuple(shape):
+            return ref
+        return self.op("tract_core_broadcast", ref, out=tuple(shape), shape=list(shape))
+
+    def slice(self, ref: Ref, axis: int, begin: Dim, length: Dim, step: int = 1) -> Ref:
+        """`length` elements of one axis from `begin`, every `step`th; tract needs explicit, non-negative bounds."""
+        shape = (*ref.shape[:axis], length, *ref.shape[axis + 1 :])
+        end = begin + length if step == 1 else ref.shape[axis]
+        stride: dict[str, Any] = {"stride": [step]} if step != 1 else {}
+        return self.op("slice", ref, out=shape, axes=[axis], begin=[begin], end=[end], **stride)
+
+    def cast(self, ref: Ref, dtype: torch.dtype) -> Ref:
+        """`ref` as `dtype`."""
+        if ref.dtype == dtype:
+            return ref
+        return self.op("tract_core_cast", ref, dtype=dtype, hint="cast", to=tract_dtype(dtype, self.node.where()))
+
+    def binary(
+        self,
+        operator: str,
+        a: Ref | Scalar | Dim,
+        b: Ref | Scalar | Dim,
+        dtype: torch.dtype,
+        result: torch.dtype | None = None,
+    ) -> Ref:
+        """`a operator b` with torch's broadcasting, both sides computed as `dtype`."""
+        rank = max(side.rank for side in (a, b) if isinstance(side, Ref))
+        sides = [self.lift(self.cast(s, dtype), rank) if isinstance(s, Ref) else self.scalar(s, dtype) for s in (a, b)]
+        return self.op(operator, *sides, dtype=result or dtype)
+
+    def scalar(self, value: Scalar | Dim, dtype: torch.dtype) -> Ref | float:
+        """A number beside a tensor of `dtype`. Integers are stored: an integer literal is a dimension (TDim) to tract, and
+        so would the result be."""
+        if not isinstance(value, (int, float)):
+            return self.op("tract_core_cast", value, out=(), dtype=dtype, hint="size", to=tract_dtype(dtype, self.node.where()))
+        if dtype.is_floating_point and math.isfinite(value):
+            return float(value)
+        return self.full(value, dtype)
+
+    # -- ranges
+
+    def is_non_negative(self, value: Value) -> bool:
+        """Whether an index tensor is known to have no negative element, from how it was made."""
+        node = self._producers.get(value.name)
+        if node is None:
+            return False
+        name = _op_name(node)
+        sources = [a for a in node.args if isinstance(a, Value)]
+        if name == "arange":
+            starts = [a for a in node.args if not isinstance(a, Value)]
+            return len(starts) == 1 or (isinstance(starts[0], int) and starts[0] >= 0)
+        if name in {
+            "unsqueeze",
+            "slice",
+            "view",
+            "reshape",
+            "expand",
+            "squeeze",
+            "to",
+            "clone",
+            "argmax",
+            "transpose",
+            "permute",
+        }:
+            return name == "argmax" or self.is_non_negative(sources[0])
+        if name in {"add", "mul"}:
+            scalars = [a for a in node.args if not isinstance(a, Value)]
+            return all(self.is_non_negative(s) for s in sources) and all(isinstance(s, int) and s >= 0 for s in scalars)
+        return False
+
+
+def broadcast(shapes: Sequence[Shape]) -> Shape:
+    """Shape of an element-wise result over shapes of one rank (unit axes stretch)."""
+    rank = max(len(s) for s in shapes)
+    aligned = [s for s in shapes if len(s) == rank]
+    return tuple(next((d for d in dims if d != 1), 1) for dims in zip(*aligned, strict=True))
+
+
+def _op_name(node: Node) -> str:
+    """`linear` for aten.linear.default."""
+    return node.target._schema.name.split("::")[1].strip("_")

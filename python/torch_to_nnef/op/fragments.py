@@ -1,0 +1,85 @@
+"""Fragments of ours that a graph.nnef may define: one line a call keeps the graph readable. Only those in use are written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# name -> (signature, body lines). Literals stand right of tensors: tract casts them to the tensor's type.
+_FRAGMENTS: dict[str, tuple[str, list[str]]] = {
+    "t2n_elu": (
+        "(x: tensor<scalar>, alpha: scalar, scale: scalar, input_scale: scalar) -> (y: tensor<scalar>)",
+        ["y = (max(x, 0.0) + (exp(min(x, 0.0) * input_scale) - 1.0) * alpha) * scale;"],
+    ),
+    "t2n_gelu": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = (x * 0.5) * (tract_core_erf(x * 0.70710678) + 1.0);"],
+    ),
+    "t2n_hardsigmoid": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = min(max(x + 3.0, 0.0), 6.0) / 6.0;"],
+    ),
+    "t2n_hardswish": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = x * min(max(x + 3.0, 0.0), 6.0) / 6.0;"],
+    ),
+    "t2n_linear": (
+        "(x: tensor<scalar>, filter: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)",
+        ['y = tract_core_einsum([x, filter], expr = expr, acc = "f32") + unsqueeze(bias, axes = lead);'],
+    ),
+    "t2n_layer_norm": (
+        "(x: tensor<scalar>, axes: integer[], eps: scalar) -> (y: tensor<scalar>)",
+        [
+            "centered = x - mean_reduce(x, axes = axes);",
+            "y = centered * rsqrt(mean_reduce(square(centered), axes = axes) + eps);",
+        ],
+    ),
+    "t2n_log_sigmoid": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = min(x, 0.0) - log(exp(neg(abs(x))) + 1.0);"],
+    ),
+    "t2n_mish": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = x * tanh(t2n_softplus(x, beta = 1.0, threshold = 20.0));"],
+    ),
+    # tract 0.23.9 reasons on masks made of ranges and cuts a causal one wrongly; it does not look behind abs.
+    "t2n_positions": (
+        "(length: integer) -> (y: tensor<scalar>)",
+        ["y = abs(tract_core_range(0, length, 1));"],
+    ),
+    "t2n_prelu": (
+        "(x: tensor<scalar>, slope: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = max(x, 0.0) + min(x, 0.0) * slope;"],
+    ),
+    "t2n_relu6": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = min(max(x, 0.0), 6.0);"],
+    ),
+    "t2n_selu": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = t2n_elu(x, alpha = 1.6732632, scale = 1.0507010, input_scale = 1.0);"],
+    ),
+    # log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|)) does not overflow.
+    "t2n_softplus": (
+        "(x: tensor<scalar>, beta: scalar, threshold: scalar) -> (y: tensor<scalar>)",
+        [
+            "z = x * beta;",
+            "y = select(z > threshold, x, (max(z, 0.0) + log(exp(neg(abs(z))) + 1.0)) / beta);",
+        ],
+    ),
+}
+
+
+def in_use(operators: Iterable[str]) -> dict[str, str]:
+    """Text of every fragment that `operators` need, those within fragments included, in alphabetical order."""
+    wanted, found = set(operators), set[str]()
+    while new := (wanted & _FRAGMENTS.keys()) - found:
+        found |= new
+        wanted |= {word for name in new for line in _FRAGMENTS[name][1] for word in re.findall(r"\w+", line)}
+    return {name: _text(name) for name in sorted(found)}
+
+
+def _text(name: str) -> str:
+    signature, body = _FRAGMENTS[name]
+    lines = "".join(f"    {line}\n" for line in body)
+    return f"fragment {name}{signature}\n{{\n{lines}}}\n"

@@ -1,0 +1,46 @@
+"""What handlers produce: statements of graph.nnef over references."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_to_nnef.graph.ir import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An identifier of graph.nnef with what is known of its tensor; `fqn` if it is a weight."""
+
+    id: str
+    shape: Shape
+    dtype: torch.dtype
+    fqn: str | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """`results = operator(args, attrs)`. Values are `Ref`s, dimensions, literals, and lists or tuples of those."""
+
+    results: tuple[str, ...]
+    operator: str
+    args: tuple[Any, ...]
+    attrs: tuple[tuple[str, Any], ...]
+    node_name: str
+    module_path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A tensor of the archive: identifier, label (its `.dat` file without suffix) and where the values are."""
+
+    id: str
+    label: str
+    tensor: torch.Tensor

@@ -1,0 +1,104 @@
+"""Put quantized weights in the place of float ones: all of them, or none."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from torch_to_nnef.quantize.rows import TensorRow, record, weight_error
+from torch_to_nnef.quantize.targets import Selection, Target, find_targets
+from torch_to_nnef.tensor.quant.base import QTensor
+
+Encode = Callable[[torch.Tensor, str], QTensor]
+Progress = Callable[[int, int, str], None]
+_STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
+
+
+def quantize_(
+    model: nn.Module,
+    encode: Encode,
+    *,
+    classes: Sequence[type[nn.Module]] | None = None,
+    selection: Selection | None = None,
+    method: str,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Replace the weights asked for by `encode(weight, name)`, in place.
+
+    Shared weights are encoded once and stay shared. The model changes only after every weight is encoded: on an error,
+    Ctrl-C included, it is exactly as before. A row is recorded for every weight asked for, with the reason if it was
+    left in float.
+
+    Args:
+        model: Changed in place, and returned.
+        encode: Gets a float weight and its name, returns its quantized form in the same shape.
+        classes: Module classes (with subclasses) whose `weight` is asked for; None for Linear, Embedding, Conv1d,
+            Conv2d.
+        selection: Narrows further, and brings what the captured graph knows about uses.
+        method: Name shown in rows.
+        progress: Called as `(done, total, name)` before each weight, and once at the end.
+
+    Raises:
+        T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
+        T2NErrorInvalidArgument: `selection.include` selects nothing.
+
+    """
+    targets = find_targets(model, classes, selection)
+    total = sum(target.reason is None for target in targets)
+    encoded: dict[int, nn.Parameter | QTensor] = {}
+    rows = []
+    for target in targets:
+        fqn, packed = target.places[0].fqn, None
+        if target.reason is None:
+            if progress:
+                progress(len(encoded), total, fqn)
+            packed = encode(target.tensor.detach(), fqn)
+            held = isinstance(target.tensor, nn.Parameter)
+            encoded[id(target.tensor)] = nn.Parameter(packed, requires_grad=False) if held else packed
+        rows.append(_row(target, packed, method))
+    if progress:
+        progress(total, total, "")
+    _swap(targets, encoded)
+    for row in rows:
+        record(row)
+    return model
+
+
+def _swap(targets: Sequence[Target], encoded: dict[int, nn.Parameter | QTensor]) -> None:
+    swaps = [(place, t.tensor, encoded[id(t.tensor)]) for t in targets if id(t.tensor) in encoded for place in t.places]
+    try:
+        for place, _, new in swaps:
+            place.put(new)
+    except BaseException:
+        for place, old, _ in swaps:
+            place.put(old)
+        raise
+
+
+def _row(target: Target, packed: QTensor | None, method: str) -> TensorRow:
+    tensor, place = target.tensor, target.places[0]
+    make = functools.partial(
+        TensorRow,
+        fqn=place.fqn,
+        module_class=type(place.module).__name__,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        reason=target.reason,
+        nbytes_before=tensor.numel() * tensor.element_size(),
+    )
+    now = packed if packed is not None else tensor
+    if not isinstance(now, QTensor):
+        return make(
+            storage=_STORAGE.get(now.dtype, str(now.dtype).removeprefix("torch.")), bits_per_weight=8.0 *
+            now.element_size(), method=None, snr_db=None, relative_rmse=None, quantized=False, nbytes_after=now.numel()
+            * now.element_size(),
+        )  # fmt: skip
+    snr_db, relative_rmse = (None, None) if packed is None else weight_error(tensor, packed)
+    return make(
+        storage=now.storage_name, bits_per_weight=8.0 * now.packed_nbytes / max(1, now.numel()), method=method if packed
+        is not None else None, snr_db=snr_db, relative_rmse=relative_rmse, quantized=True,
+        nbytes_after=now.packed_nbytes,
+    )  # fmt: skip

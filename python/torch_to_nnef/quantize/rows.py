@@ -1,0 +1,95 @@
+"""What happened to each weight: rows that methods record and reports show."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch_to_nnef.tensor.chunks import flat_chunks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from torch_to_nnef.tensor.quant.base import QTensor
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One weight that a method was asked for.
+
+    Attributes:
+        fqn: Name in the model; of shared weights, the first.
+        module_class: Class of the module that holds it.
+        shape: Logical shape.
+        dtype: Float dtype it had, e.g. "float32".
+        storage: How it is stored now: "q40", "f32", "f16"...
+        bits_per_weight: Of that storage.
+        method: Method that was applied; None if none was.
+        snr_db: Signal-to-noise ratio of the weight, dB; inf if nothing was lost.
+        relative_rmse: Root of squared error over squared weight.
+        quantized: Whether it is quantized now.
+        reason: Why not; None if it is.
+        nbytes_before: Bytes of its float storage.
+        nbytes_after: Bytes it takes now.
+
+    """
+
+    fqn: str
+    module_class: str
+    shape: tuple[int, ...]
+    dtype: str
+    storage: str
+    bits_per_weight: float
+    method: str | None
+    snr_db: float | None
+    relative_rmse: float | None
+    quantized: bool
+    reason: str | None
+    nbytes_before: int
+    nbytes_after: int
+
+
+_rows: ContextVar[list[TensorRow] | None] = ContextVar("torch_to_nnef_tensor_rows", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[TensorRow]]:
+    """Collect the rows recorded inside the `with` block, in order. The innermost recording gets them."""
+    rows: list[TensorRow] = []
+    token = _rows.set(rows)
+    try:
+        yield rows
+    finally:
+        _rows.reset(token)
+
+
+def record(row: TensorRow) -> None:
+    """Add a row to the recording in force; without one, nothing happens."""
+    if (rows := _rows.get()) is not None:
+        rows.append(row)
+
+
+def weight_error(fp: torch.Tensor, q: QTensor) -> tuple[float, float]:
+    """`(snr_db, relative_rmse)` of `q` against the float weight `fp`, in bounded memory.
+
+    With signal S = sum(fp^2) and noise N = sum((q - fp)^2), in f64: SNR = 10 log10(S / N) dB, relative RMSE = sqrt(N /
+    S). N = 0 gives `(inf, 0)`; S = 0 with N > 0 gives `(-inf, inf)`.
+    """
+    signal = noise = 0.0
+    for start, values in flat_chunks(fp, multiple=_GROUP if fp.numel() % _GROUP == 0 else 1):
+        exact = values.double()
+        signal += float(exact.square().sum())
+        noise += float((q.decompress_slice(start, start + len(values)).to(exact) - exact).square().sum())
+    if noise == 0:
+        return math.inf, 0.0
+    if signal == 0:
+        return -math.inf, math.inf
+    return 10 * math.log10(signal / noise), math.sqrt(noise / signal)
+
+
+_GROUP = 32

@@ -1,0 +1,166 @@
+"""Which weights a method is asked for, and which of them may be Q40.
+
+tract computes with Q40 in few places only (`linear`, `matmul` or `einsum` with groups along K, `conv` filters,
+`gather`); elsewhere it is silently wrong or crashes. So the use decides: of the captured graph where it is known, else
+of the module's class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QTensor
+from torch_to_nnef.tensor.quant.qtract import q40_shape_reason
+from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
+
+
+class Use(str, Enum):
+    """How a graph consumes a parameter."""
+
+    LINEAR = "linear"
+    CONV = "conv"
+    EMBEDDING = "embedding"
+    CONV_TRANSPOSE = "conv_transpose"
+    OTHER = "other"
+
+
+Filter = str | re.Pattern[str] | Callable[[nn.Module, str], bool]
+Filters = Filter | Sequence[Filter]
+DEFAULT_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+_CLASS_USE: tuple[tuple[type[nn.Module], Use], ...] = (
+    (nn.Linear, Use.LINEAR),
+    (nn.Embedding, Use.EMBEDDING),
+    (nn.Conv1d, Use.CONV),
+    (nn.Conv2d, Use.CONV),
+    (nn.Conv3d, Use.CONV),
+    (nn.modules.conv._ConvTransposeNd, Use.CONV_TRANSPOSE),
+)
+_LEGAL = frozenset({Use.LINEAR, Use.CONV, Use.EMBEDDING})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Narrows what a method is asked for.
+
+    Attributes:
+        uses: Parameter name -> how the captured graph consumes it; None if no graph is known. Names of a shared weight
+            may
+            each be listed: their uses add up.
+        include: Only weights that match; None for all.
+        exclude: Not weights that match.
+
+    A filter is a glob (on the name of the weight or of its module), a compiled regex (searched in the name of the
+    weight), or a callable `(module, name of the weight) -> bool`; a list matches if one of its filters does.
+
+    """
+
+    uses: Mapping[str, frozenset[Use]] | None = None
+    include: Filters | None = None
+    exclude: Filters | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that a method was asked for; `reason` says why it cannot be quantized, None if it can."""
+
+    tensor: torch.Tensor
+    places: tuple[Place, ...]
+    reason: str | None
+
+
+def q40_reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
+    """Why tract could not use `tensor` as Q40; None if it can. `uses=None` is unknown: judged by dtype and shape."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        return f"{tensor.dtype} values: Q40 stores floats"
+    if tensor.is_meta:
+        return "on the meta device: there are no values to quantize"
+    if uses is not None and not uses:
+        return "the graph does not use it"
+    if illegal := sorted(use.value for use in (uses or frozenset()) - _LEGAL):
+        return f"used by {', '.join(illegal)}: tract computes with Q40 only in linear, conv and embedding"
+    return q40_shape_reason(tensor.shape) or _use_shape_reason(tensor.shape, uses or frozenset())
+
+
+def find_targets(
+    model: nn.Module, classes: Sequence[type[nn.Module]] | None, selection: Selection | None = None
+) -> list[Target]:
+    """Weights of `model` asked for by `classes` (default: Linear, Embedding, Conv1d, Conv2d and their subclasses).
+
+    Asked for are the `weight` of modules of these classes and, where the graph's uses are known, whatever it uses as
+    they do. Excluded weights stay in the list with their reason; weights outside `include` do not.
+
+    Raises:
+        T2NErrorInvalidArgument: `include` is given and selects nothing.
+
+    """
+    selection = selection or Selection()
+    wanted = DEFAULT_CLASSES if classes is None else tuple(classes)
+    wanted_uses = frozenset(use for known, use in _CLASS_USE if issubclass(known, wanted))
+    updater, targets = ModTensorUpdater(model), []
+    for _, tensor in updater.tensors():
+        places = updater.places(tensor)
+        uses = _uses_of(places, selection.uses)
+        asked = any(p.name == "weight" and isinstance(p.module, wanted) for p in places)
+        if selection.uses is not None and uses is not None:
+            asked = asked or bool(uses & wanted_uses)
+        if not asked or not (selection.include is None or _matches(selection.include, places)):
+            continue
+        excluded = selection.exclude is not None and _matches(selection.exclude, places)
+        targets.append(Target(tensor, places, "excluded by the caller" if excluded else _reason(tensor, uses)))
+    if selection.include is not None and not targets:
+        names = ", ".join(c.__name__ for c in wanted)
+        raise T2NErrorInvalidArgument(f"include={selection.include!r} selects none of the weights of {names} modules")
+    return targets
+
+
+def _reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
+    return "already quantized" if isinstance(tensor, QTensor) else q40_reason(tensor, uses)
+
+
+def _uses_of(places: Iterable[Place], known: Mapping[str, frozenset[Use]] | None) -> frozenset[Use] | None:
+    """Union over the places; None where neither the graph nor a class tells. A parameter the graph lacks has no use."""
+    if known is not None:
+        return frozenset().union(*(known.get(place.fqn, frozenset()) for place in places))
+    by_class = [{use for c, use in _CLASS_USE if isinstance(p.module, c) and p.name == "weight"} for p in places]
+    return frozenset().union(*by_class) if all(by_class) else None
+
+
+def _use_shape_reason(shape: Sequence[int], uses: frozenset[Use]) -> str | None:
+    if uses & {Use.LINEAR, Use.EMBEDDING} and len(shape) != 2:
+        return f"rank {len(shape)}: as a linear or embedding weight Q40 must be a matrix"
+    if Use.CONV in uses and len(shape) > 4:
+        return f"rank {len(shape)}: tract's Q40 convolutions have one or two spatial dimensions"
+    if Use.CONV in uses and shape[1] == 1:
+        return "depthwise or single-channel convolution: tract has no Q40 kernel for it"
+    return None
+
+
+def _matches(filters: Filters, places: Iterable[Place]) -> bool:
+    return any(_match_one(one, place) for one in _as_list(filters) for place in places)
+
+
+def _as_list(filters: Filters) -> Iterator[Filter]:
+    if isinstance(filters, (str, re.Pattern)) or callable(filters):
+        yield filters
+    else:
+        yield from filters
+
+
+def _match_one(one: Filter, place: Place) -> bool:
+    if isinstance(one, str):
+        return fnmatchcase(place.fqn, one) or fnmatchcase(place.fqn.rpartition(".")[0], one)
+    if isinstance(one, re.Pattern):
+        return one.search(place.fqn) is not None
+    if not callable(one):
+        raise T2NErrorInvalidArgument(
+            f"a filter is a glob, a compiled regex or a callable (module, name) -> bool: got {one!r}"
+        )
+    return bool(one(place.module, place.fqn))

@@ -1,0 +1,141 @@
+"""The report: plain data, and the way to its views."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from enum import Enum
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch_to_nnef.report import html, terminal
+from torch_to_nnef.report.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from torch_to_nnef.quantize.rows import TensorRow
+    from torch_to_nnef.verify import Comparison
+
+
+class Section(NamedTuple):
+    """A table of the caller's: a title, column names, rows of text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sizes in bytes: of all parameters, and of those that were quantized."""
+
+    parameter_count: int
+    parameter_bytes_before: int
+    parameter_bytes_after: int
+    quantized_bytes_before: int
+    quantized_bytes_after: int
+
+    @classmethod
+    def of(cls, rows: "Iterable[TensorRow]", other_count: int = 0, other_bytes: int = 0) -> "Totals":
+        """Sum `rows`, and `other_count` values in `other_bytes` bytes of parameters that nobody asked for."""
+        rows = tuple(rows)
+        quantized = [row for row in rows if row.quantized]
+        return cls(
+            parameter_count=other_count + sum(math.prod(row.shape) for row in rows),
+            parameter_bytes_before=other_bytes + sum(row.nbytes_before for row in rows),
+            parameter_bytes_after=other_bytes + sum(row.nbytes_after for row in rows),
+            quantized_bytes_before=sum(row.nbytes_before for row in quantized),
+            quantized_bytes_after=sum(row.nbytes_after for row in quantized),
+        )
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller all parameters became."""
+        return self.parameter_bytes_before / self.parameter_bytes_after if self.parameter_bytes_after else 1.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over all parameters, quantized or not."""
+        return 8 * self.parameter_bytes_after / self.parameter_count if self.parameter_count else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of every tensor, and two separate comparisons.
+
+    method: key or name of the quantization method; None when nothing was asked to be quantized.
+    archive_bytes: size of the archive on disk. rows: a row for every tensor that was asked for, quantized or not.
+    quantization: float torch against quantized torch, what quantization costs; reported, never judged.
+    archive: quantized torch against tract, whether the archive is right; empty when it was not checked.
+    steps: (name, seconds). versions: name -> version. sections: further tables, shown at the end.
+    """
+
+    model: str
+    method: str | None
+    archive_path: Path
+    archive_bytes: int
+    rows: "tuple[TensorRow, ...]"
+    totals: Totals
+    quantization: "tuple[Comparison, ...]" = ()
+    archive: "tuple[Comparison, ...]" = ()
+    steps: tuple[tuple[str, float], ...] = ()
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    sections: tuple[Section, ...] = ()
+
+    @property
+    def verified(self) -> bool:
+        """The archive was run in tract and compared, at one set of sizes at least."""
+        return any(comparison.outputs for comparison in self.archive)
+
+    @property
+    def ok(self) -> bool:
+        """The archive was verified, and tract's outputs are those of the quantized torch model within tolerance."""
+        return self.verified and all(comparison.ok for comparison in self.archive)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON types: of paths the base name, non-finite numbers as text that `float()` reads."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del data["archive_path"]
+        totals = dataclasses.asdict(self.totals) | {
+            "ratio": self.totals.ratio,
+            "bits_per_weight": self.totals.bits_per_weight,
+        }
+        head = {"ok": self.ok, "verified": self.verified, "archive_name": self.archive_path.name}
+        steps = [{"name": name, "seconds": seconds} for name, seconds in self.steps]
+        sections = [section._asdict() for section in self.sections]
+        plain: dict[str, Any] = _plain(head | data | {"totals": totals, "steps": steps, "sections": sections})
+        return plain
+
+    def to_json(self, path: str | PathLike[str]) -> None:
+        """Write `to_dict()` to `path`, replacing it whole. Raises `T2NErrorRuntime` when it cannot be written."""
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def to_html(self, path: str | PathLike[str]) -> None:
+        """Write one self-contained page to `path`, as `to_json` does."""
+        write_text(Path(path), html.page(self))
+
+    def __str__(self) -> str:
+        return terminal.text(self)
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        yield from terminal.view(self, options.max_width)
+
+    def _repr_html_(self) -> str:
+        return html.fragment(self)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        properties = {"ok": value.ok} if hasattr(value, "ok") else {}
+        return _plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)} | properties)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

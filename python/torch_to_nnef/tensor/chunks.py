@@ -1,0 +1,29 @@
+"""Walk a tensor in bounded pieces, so that no step needs a second copy of a large weight."""
+
+from collections.abc import Iterator
+from math import gcd
+
+import torch
+
+MAX_ELEMENTS = 4 << 20
+
+
+def flat_chunks(
+    tensor: torch.Tensor, multiple: int = 1, max_elements: int = MAX_ELEMENTS
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield `(start, values)`: 1-D contiguous pieces of `tensor` in row-major order; `start` is a flat index.
+
+    Every `start` is a multiple of `multiple`, which must divide `tensor.numel()`. Pieces hold about `max_elements`
+    elements at most; a non-contiguous tensor is copied a few rows at a time, never as a whole.
+    """
+    tensor = tensor.detach()
+    if tensor.is_contiguous():
+        flat, step = tensor.reshape(-1), max(multiple, max_elements // multiple * multiple)
+        for start in range(0, flat.numel(), step):
+            yield start, flat[start : start + step]
+        return
+    row = tensor.numel() // tensor.shape[0]
+    aligned_rows = multiple // gcd(row, multiple)
+    rows = max(1, max_elements // (row * aligned_rows)) * aligned_rows
+    for first in range(0, tensor.shape[0], rows):
+        yield first * row, tensor[first : first + rows].reshape(-1).contiguous()

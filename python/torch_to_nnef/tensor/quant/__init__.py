@@ -1,0 +1,40 @@
+"""Quantized tensors: `QTensor` and its schemes, lossless codecs, Q40 for tract, safetensors files."""
+
+import torch as _torch
+
+from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor, _build
+from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking, U8Compressor
+from torch_to_nnef.tensor.quant.qtract import (
+    QTensorTract,
+    QTensorTractScaleOnly,
+    fp_to_tract_q4_0_with_min_max_calibration,
+    q40_shape_reason,
+    qscale_per_group_f16_min_max_calibration,
+    quantize_q40,
+)
+from torch_to_nnef.tensor.quant.serialize import load_safetensors, save_safetensors
+
+__all__ = [
+    "BitPacking",
+    "Huffman",
+    "Lzma",
+    "NibblePacking",
+    "QScalePerGroupF16",
+    "QScheme",
+    "QTensor",
+    "QTensorTract",
+    "QTensorTractScaleOnly",
+    "U8Compressor",
+    "fp_to_tract_q4_0_with_min_max_calibration",
+    "load_safetensors",
+    "q40_shape_reason",
+    "qscale_per_group_f16_min_max_calibration",
+    "quantize_q40",
+    "save_safetensors",
+]
+
+# `torch.load(weights_only=True)`, torch's default, builds only classes on a list. These rebuild from bytes alone and
+# check sizes; without them no checkpoint of a quantized model could be read. The list is only added to.
+_torch.serialization.add_safe_globals(
+    [_build, QTensor, QTensorTractScaleOnly, QScalePerGroupF16, NibblePacking, BitPacking, Lzma, Huffman]
+)

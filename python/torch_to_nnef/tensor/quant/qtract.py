@@ -1,0 +1,302 @@
+"""Q40 in torch: 4-bit codes in groups of 32 consecutive elements, one f16 scale a group; what tract and GGUF call Q4_0.
+
+Held as two planes, `u8_blob` (`numel / 2` bytes) and `qscheme.scale` (f16, `(numel / 32, 1)`): 4.5 bits a weight.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from torch_to_nnef import _native
+from torch_to_nnef.exceptions import (
+    T2NErrorImpossibleQuantization,
+    T2NErrorInconsistentTensor,
+    T2NErrorInvalidArgument,
+)
+from torch_to_nnef.tensor.chunks import flat_chunks
+from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QScalePerGroupF16, QScheme, QTensor
+from torch_to_nnef.tensor.quant.compressors import GROUP, NibblePacking, U8Compressor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from torch_to_nnef.inference_target import InferenceTarget
+
+__all__ = [
+    "Encoder",
+    "QTensorTract",
+    "QTensorTractScaleOnly",
+    "fp_to_tract_q4_0_with_min_max_calibration",
+    "q40_dequantize",
+    "q40_shape_reason",
+    "qscale_per_group_f16_min_max_calibration",
+    "quantize_q40",
+]
+
+Encoder = Literal["signed_extreme", "abs_max", "min_max", "scale_search"]
+_NATIVE_DTYPES: dict[torch.dtype, _native.FloatName] = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
+_PACKING = (NibblePacking(),)
+
+
+def q40_shape_reason(shape: Sequence[int]) -> str | None:
+    """Why a tensor of `shape` cannot be Q40; None if it can. tract packs rows of `prod(shape[1:])` by 32."""
+    if len(shape) < 2:
+        return f"rank {len(shape)}: Q40 needs at least 2 dimensions"
+    row = prod(shape[1:])
+    if not prod(shape) or row % GROUP:
+        return f"{' x '.join(map(str, shape[1:]))} = {row} elements a row: Q40 needs a positive multiple of {GROUP}"
+    return None
+
+
+class QTensorTract(QTensor):
+    """A `QTensor` that tract can read: `write_in_file` checks where it may write, `write_dat` writes."""
+
+    @abstractmethod
+    def write_dat(self, path: Path) -> None:
+        """Write the NNEF tensor file `path`, atomically."""
+
+    def write_in_file(self, dirpath: str | Path, label: str, inference_target: InferenceTarget | None = None) -> Path:
+        """Write `dirpath/label.dat` for `inference_target` (default: the latest tract); returns its path.
+
+        Raises:
+            T2NErrorInvalidArgument: A label that leaves `dirpath`, or a target that is not tract.
+
+        """
+        if inference_target is not None:
+            from torch_to_nnef.inference_target import TractNNEF
+
+            if not isinstance(inference_target, TractNNEF):
+                raise T2NErrorInvalidArgument(
+                    f"{label!r}: {type(self).__name__} is read by tract only, not {inference_target!r}"
+                )
+        relative = Path(f"{label}.dat")
+        if relative.is_absolute() or ".." in relative.parts or "\0" in label or not label.strip("/"):
+            raise T2NErrorInvalidArgument(f"label {label!r} does not name a file inside {dirpath}")
+        path = Path(dirpath) / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.write_dat(path)
+        return path
+
+
+class QTensorTractScaleOnly(QTensorTract):
+    """Q40: `qscheme` is a `QScalePerGroupF16` with groups of 32 and 4 bits; packed to nibbles by default.
+
+    Raises:
+        T2NErrorImpossibleQuantization: rank below 2, `prod(shape[1:])` not a multiple of 32, NaN or Inf.
+
+    """
+
+    storage_name = "q40"
+    qscheme: QScalePerGroupF16  # type: ignore[assignment]
+
+    @classmethod
+    def default_compressors(cls) -> tuple[U8Compressor, ...]:
+        """Two codes a byte, in GGUF order."""
+        return _PACKING
+
+    @classmethod
+    def encode(cls, fp_tensor: torch.Tensor, qscheme: QScheme, compressors: Sequence[U8Compressor]) -> torch.Tensor:
+        """Blob of `fp_tensor` on the grid of `qscheme`."""
+        if reason := q40_shape_reason(fp_tensor.shape):
+            raise T2NErrorImpossibleQuantization(f"tensor of shape {tuple(fp_tensor.shape)}: {reason}")
+        native = isinstance(qscheme, QScalePerGroupF16) and _is_q40(qscheme) and fp_tensor.device.type == "cpu"
+        if tuple(compressors) != _PACKING or not native:
+            return super().encode(fp_tensor, qscheme, compressors)
+        scale = qscheme.scale.contiguous()  # type: ignore[attr-defined]
+        if scale.numel() * GROUP != fp_tensor.numel():
+            raise T2NErrorImpossibleQuantization(
+                f"tensor of shape {tuple(fp_tensor.shape)} does not have {scale.numel()} groups of {GROUP}"
+            )
+        codes = torch.empty(fp_tensor.numel() // 2, dtype=torch.uint8)
+        for start, values, dtype in _native_chunks(fp_tensor):
+            groups = slice(start // GROUP, (start + len(values)) // GROUP)
+            _native.q40_quantize_with_scales(
+                _bytes(values), dtype, "", _bytes(scale[groups]), _bytes(codes[start // 2 : (start + len(values)) // 2])
+            )
+        return codes
+
+    def check_layout(self) -> None:
+        """Raise `T2NErrorInconsistentTensor` unless the planes have the sizes Q40 gives this shape."""
+        super().check_layout()
+        if not isinstance(self.qscheme, QScalePerGroupF16) or not _is_q40(self.qscheme):
+            raise T2NErrorInconsistentTensor(
+                f"Q40 is QScalePerGroupF16 with groups of {GROUP} and 4 bits: got {self.qscheme}"
+            )
+        n_packed = self.numel() // 2 if self.u8_compressors == _PACKING else self.u8_blob.numel()
+        if (
+            q40_shape_reason(self.shape)
+            or self.qscheme.scale.numel() * GROUP != self.numel()
+            or self.u8_blob.numel() != n_packed
+        ):
+            raise T2NErrorInconsistentTensor(
+                f"{self.u8_blob.numel()} bytes of codes and {self.qscheme.scale.numel()} scales are not Q40 "
+                f"of {tuple(self.shape)}"
+            )
+
+    def planes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(codes, scales)`: uint8 `(numel / 2,)` and f16 `(numel / 32,)`; copied only if held otherwise."""
+        codes = self.u8_blob if self.u8_compressors == _PACKING else _PACKING[0].compress(self.decompress_to_u8())
+        return codes.contiguous(), self.qscheme.scale.reshape(-1)
+
+    def decompress(self) -> torch.Tensor:
+        """Float values: plain tensor in `dequant_to_dtype` and the logical shape."""
+        codes, scales = self.planes()
+        values: torch.Tensor = q40_dequantize(codes, scales, list(self.shape), self.dtype)
+        return values
+
+    def decompress_slice(self, start: int, stop: int) -> torch.Tensor:
+        """`decompress().flatten()[start:stop]`, reading only those groups; both must be multiples of 32."""
+        if start % GROUP or stop % GROUP:
+            raise T2NErrorInvalidArgument(f"[{start}:{stop}] does not fall between groups of {GROUP}")
+        codes, scales = self.planes()
+        part = codes[start // 2 : stop // 2]
+        values: torch.Tensor = q40_dequantize(
+            part, scales[start // GROUP : stop // GROUP], [2 * part.numel()], self.dtype
+        )
+        return values
+
+    def write_dat(self, path: Path) -> None:
+        """Write the planes as GGUF blocks (NNEF item type 0x3040)."""
+        codes, scales = (plane.cpu() for plane in self.planes())
+        _native.write_dat_q40(path, list(self.shape), _bytes(codes), _bytes(scales))
+
+
+# An operator of our own: `torch.compile` and `torch.export` see one node, and each device runs its fastest code.
+@torch.library.custom_op("t2n::q40_dequantize", mutates_args=())
+def q40_dequantize(codes: torch.Tensor, scales: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Values `(code - 8) * scale` of the planes `codes` (uint8) and `scales` (f16): f32, rounded once to `dtype`."""
+    if codes.device.type == "cpu":
+        values = torch.empty(shape, dtype=dtype if dtype in _NATIVE_DTYPES else torch.float32)
+        _native.q40_dequantize(_bytes(codes), _bytes(scales), _NATIVE_DTYPES[values.dtype], _bytes(values))
+        return values.to(dtype)
+    centred = _PACKING[0].decompress(codes).reshape(-1, GROUP).float() - 8
+    return (centred * scales.reshape(-1, 1).float()).to(dtype).reshape(shape)
+
+
+@q40_dequantize.register_fake
+def _(codes: torch.Tensor, scales: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def quantize_q40(
+    fp_tensor: torch.Tensor, encoder: Encoder = "scale_search", percentile: float = 1.0, name: str = ""
+) -> QTensorTractScaleOnly:
+    """Quantize a weight to Q40.
+
+    Args:
+        fp_tensor: Float tensor of rank 2 or more with `prod(shape[1:])` a multiple of 32. Read in place, never copied
+            whole.
+        encoder: How scales are chosen. `scale_search`: least squared error over candidate scales (default).
+            `signed_extreme`: ggml's rule, extreme / -8. `min_max`: as it, on the `percentile` of magnitudes, never with
+            a larger error. `abs_max`: largest magnitude / 8, which clips one sign.
+        percentile: In (0, 1]; used by `min_max`.
+        name: Named in errors, and kept as `nnef_name`.
+
+    Returns:
+        A tensor of the same shape, `dequant_to_dtype` the dtype of `fp_tensor`, on its device.
+
+    Raises:
+        T2NErrorImpossibleQuantization: Shape, NaN, Inf, or a scale beyond f16, with the tensor and the place.
+
+    """
+    what = f"tensor `{name}` of shape {tuple(fp_tensor.shape)}"
+    if fp_tensor.dtype not in FLOAT_DTYPES or fp_tensor.is_meta:
+        raise T2NErrorImpossibleQuantization(
+            f"{what}: cannot quantize {fp_tensor.dtype} values on device {fp_tensor.device}"
+        )
+    if reason := q40_shape_reason(fp_tensor.shape):
+        raise T2NErrorImpossibleQuantization(f"{what}: {reason}. Leave it out of the quantization")
+    codes = torch.empty(fp_tensor.numel() // 2, dtype=torch.uint8)
+    scale = torch.empty(fp_tensor.numel() // GROUP, 1, dtype=torch.float16)
+    for start, values, dtype in _native_chunks(fp_tensor):
+        stop = start + len(values)
+        part = name if len(values) == fp_tensor.numel() else f"{name} (from flat index {start})"
+        _native.q40_quantize(
+            _bytes(values), dtype, encoder, percentile, part,
+            _bytes(codes[start // 2 : stop // 2]), _bytes(scale[start // GROUP : stop // GROUP]),
+        )  # fmt: skip
+    device = fp_tensor.device
+    scheme = QScalePerGroupF16(GROUP, scale.to(device), n_bits=4)
+    return QTensorTractScaleOnly.from_packed(
+        codes.to(device), fp_tensor.shape, scheme, fp_tensor.dtype, _PACKING, nnef_name=name or None
+    )
+
+
+def fp_to_tract_q4_0_with_min_max_calibration(
+    fp_tensor: torch.Tensor, percentile: float = 1.0
+) -> QTensorTractScaleOnly:
+    """`quantize_q40` with the `min_max` encoder: scales from the `percentile` (0, 1] of each group's magnitudes."""
+    return quantize_q40(fp_tensor, "min_max", percentile)
+
+
+def qscale_per_group_f16_min_max_calibration(
+    fp_tensor: torch.Tensor, n_bits: int, group_size: int, percentile: float = 1.0
+) -> QScalePerGroupF16:
+    """Scales for any width: the extreme of each group, with its sign, over `-2^(n_bits-1)`.
+
+    So the extreme has an exact code. With `percentile` below 1, the magnitude is that quantile (linear interpolation)
+    instead of the extreme, in the groups where this does not raise the squared error.
+
+    Raises:
+        T2NErrorImpossibleQuantization: `numel` not a multiple of `group_size`, NaN, Inf, or a scale beyond f16.
+        T2NErrorInvalidArgument: `n_bits` outside 1..8, `percentile` outside (0, 1].
+
+    """
+    if not 0 < percentile <= 1:
+        raise T2NErrorInvalidArgument(f"percentile must be in (0, 1]: got {percentile}")
+    if group_size < 1 or fp_tensor.numel() % group_size:
+        raise T2NErrorImpossibleQuantization(f"{tuple(fp_tensor.shape)} does not divide into groups of {group_size}")
+    scale = torch.empty(fp_tensor.numel() // group_size, 1, dtype=torch.float16, device=fp_tensor.device)
+    scheme = QScalePerGroupF16(group_size, scale, n_bits)
+    for start, values in flat_chunks(fp_tensor, group_size):
+        groups = values.float().reshape(-1, group_size)
+        extreme = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
+        found = (extreme / -scheme.zero_code).half()
+        if not bool(torch.isfinite(found).all()):
+            raise T2NErrorImpossibleQuantization(
+                f"tensor of shape {tuple(fp_tensor.shape)}: NaN, Inf or a scale beyond f16 "
+                f"between flat indices {start} and {start + len(values)}"
+            )
+        if percentile < 1:
+            quantile = torch.quantile(groups.abs(), percentile, dim=1, keepdim=True)
+            clipped = (torch.copysign(quantile, extreme) / -scheme.zero_code).half()
+            better = _squared_error(scheme, groups, clipped) <= _squared_error(scheme, groups, found)
+            found = torch.where(better, clipped, found)
+        first = start // group_size
+        scale[first : first + len(found)] = found
+    return scheme
+
+
+def _squared_error(scheme: QScalePerGroupF16, groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    restored = (scheme.codes_of(groups, scale).float() - scheme.zero_code) * scale.float()
+    return (restored - groups).square().sum(dim=1, keepdim=True)
+
+
+def _is_q40(scheme: QScalePerGroupF16) -> bool:
+    return scheme.group_size == GROUP and scheme.n_bits == 4
+
+
+def _native_chunks(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, _native.FloatName]]:
+    """Yield `(start, values, dtype name)`: the whole tensor where native code can read it, else bounded f32 pieces."""
+    if tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.dtype in _NATIVE_DTYPES:
+        yield 0, tensor.detach().reshape(-1), _NATIVE_DTYPES[tensor.dtype]
+        return
+    for start, values in flat_chunks(tensor, GROUP):
+        yield start, values.to("cpu", torch.float32), "f32"
+
+
+def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """The memory of a contiguous CPU tensor as 1-D uint8; writes go through."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,61 @@
+"""What a person needs to look into a failed check, in one folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch_to_nnef.tract_model import TractModel
+from torch_to_nnef.verify.compare import as_array
+from torch_to_nnef.verify.resize import InputSet
+
+from torch_to_nnef.exceptions import T2NError
+
+
+def write_bundle(
+    folder: Path,
+    archive: Path,
+    input_names: Sequence[str],
+    sets: Sequence[InputSet],
+    reference: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+    error: T2NError,
+) -> None:
+    """Fill `folder` with the archive, `error.txt`, and per input set `inputs_i.npz`, `torch_i.npz`, `tract_i.npz` (if tract runs)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (shutil.copytree if archive.is_dir() else shutil.copy2)(archive, folder / archive.name)
+    report = [f"{type(error).__name__}: {error}"]
+    sides: dict[str, Callable[[InputSet], dict[str, NDArray[Any]]]] = {
+        "torch": lambda inputs: _torch_outputs(reference, inputs),
+        "tract": lambda inputs: TractModel.load(archive).run(*map(as_array, inputs.tensors)),
+    }
+    for index, inputs in enumerate(sets):
+        arrays = [as_array(tensor) for tensor in inputs.tensors]
+        _save(folder / f"inputs_{index}.npz", dict(zip(input_names, arrays, strict=True)))
+        for side, run in sides.items():
+            report += _try_save(folder / f"{side}_{index}.npz", run, inputs)
+    (folder / "error.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
+
+
+def _save(file: Path, arrays: dict[str, Any]) -> None:
+    np.savez(file, **arrays)
+
+
+def _try_save(file: Path, run: Callable[[InputSet], dict[str, NDArray[Any]]], inputs: InputSet) -> list[str]:
+    """Either side may fail in any way; the bundle then says so."""
+    try:
+        _save(file, run(inputs))
+    except Exception as failure:
+        return [f"no {file.name}: {type(failure).__name__}: {failure}"]
+    return []
+
+
+@torch.no_grad()
+def _torch_outputs(
+    reference: Callable[[list[torch.Tensor]], list[torch.Tensor]], inputs: InputSet
+) -> dict[str, NDArray[Any]]:
+    return {f"output_{i}": as_array(t) for i, t in enumerate(reference(list(inputs.tensors)))}

@@ -1,0 +1,93 @@
+"""Find the first node whose value in tract is not its value in torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from torch_to_nnef import _native
+from torch_to_nnef.exceptions import T2NError
+from torch_to_nnef.inference_target import TractCheckTolerance
+from torch_to_nnef.verify.compare import OutputComparison, as_array, compare
+
+
+class RunnableModel(Protocol):
+    """What is asked of a loaded archive."""
+
+    def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Return the outputs in the order they were asked for."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One value both sides can show: its name in graph.nnef, its module, its name in the torch graph."""
+
+    nnef_name: str
+    module_path: str
+    node_name: str
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first candidate that differs, and by how much."""
+
+    candidate: Candidate
+    comparison: OutputComparison
+
+    def __str__(self) -> str:
+        at = f"module {self.candidate.module_path!r}" if self.candidate.module_path else "the root module"
+        node = f"{self.candidate.nnef_name!r} ({self.candidate.node_name!r} of {at})"
+        return f"first value that differs: {node}; {self.comparison}"
+
+
+def first_divergence(
+    path: str | PathLike[str],
+    candidates: Sequence[Candidate],
+    torch_values: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    tolerance: TractCheckTolerance,
+    load: Callable[[str | PathLike[str], Sequence[str]], RunnableModel] = _native.Model.load,
+    chunk_size: int = 64,
+) -> Divergence | None:
+    """Compare intermediate values in topological order, `chunk_size` at a time, and return the first that differs.
+
+    `torch_values` gives the values of torch graph nodes by name for these `inputs`; it may leave some out. Values that
+    tract holds in another layout or dtype are skipped, and so are names that tract cannot output.
+    None: every value that could be compared agrees.
+    """
+    arrays = [np.ascontiguousarray(as_array(tensor)) for tensor in inputs]
+    for start in range(0, len(candidates), chunk_size):
+        chunk = candidates[start : start + chunk_size]
+        expected = torch_values([candidate.node_name for candidate in chunk])
+        actual = _tract_values(path, [c.nnef_name for c in chunk if c.node_name in expected], arrays, load)
+        for candidate in chunk:
+            if candidate.nnef_name not in actual:
+                continue
+            name = candidate.nnef_name
+            comparison = compare(expected[candidate.node_name], actual[name], tolerance, name=name)
+            if not comparison.ok and comparison.reason is None:
+                return Divergence(candidate, comparison)
+    return None
+
+
+def _tract_values(
+    path: str | PathLike[str],
+    names: Sequence[str],
+    inputs: Sequence[NDArray[Any]],
+    load: Callable[[str | PathLike[str], Sequence[str]], RunnableModel],
+) -> dict[str, NDArray[Any]]:
+    """Values by name. When tract cannot output all of them at once, halve until the ones it refuses stand alone."""
+    if not names:
+        return {}
+    try:
+        return dict(zip(names, load(path, names).run(inputs), strict=True))
+    except T2NError:
+        if len(names) == 1:
+            return {}
+        middle = len(names) // 2
+        first, rest = names[:middle], names[middle:]
+        return _tract_values(path, first, inputs, load) | _tract_values(path, rest, inputs, load)
