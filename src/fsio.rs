@@ -164,3 +164,34 @@ fn move_aside(new: &Path, target: &Path, parent: &Path) -> io::Result<()> {
     }
     outcome
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn folder_with(parent: &Path, name: &str, file: &str) -> PathBuf {
+        let path = parent.join(name);
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join(file), "").unwrap();
+        path
+    }
+
+    #[test]
+    fn without_exchange_a_folder_is_replaced_by_two_renames() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (folder_with(dir.path(), "target", "old"), folder_with(dir.path(), "new", "new"));
+        move_aside(&new, &old, dir.path()).unwrap();
+        assert!(old.join("new").exists() && !old.join("old").exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_second_rename_brings_the_old_folder_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = folder_with(dir.path(), "target", "old");
+        assert!(move_aside(&dir.path().join("missing"), &old, dir.path()).is_err());
+        assert!(old.join("old").exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}

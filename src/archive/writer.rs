@@ -123,7 +123,9 @@ impl Sink {
         match self {
             Self::Folder(folder) => folder.append(name, bytes, len),
             Self::Tar(builder) => {
-                let mut header = tar::Header::new_gnu(); // owner, time and device fields are zero
+                let mut header = tar::Header::new_gnu(); // its time is 0, its names are empty
+                header.set_uid(0);
+                header.set_gid(0);
                 header.set_entry_type(tar::EntryType::Regular);
                 header.set_mode(0o644);
                 header.set_size(len);

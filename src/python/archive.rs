@@ -1,4 +1,5 @@
 //! `.dat` files and archives. Contract and docstrings: `_native.pyi`.
+#![expect(clippy::needless_pass_by_value, reason = "pyo3 hands over what it extracted")]
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,8 +15,8 @@ use crate::dat::{self, DatType, Header, Q40Planes};
 use crate::error::{Error, Result};
 
 #[pyfunction]
-pub fn read_dat<'py>(py: Python<'py>, path: PathBuf) -> PyResult<(&'static str, Vec<usize>, Bytes<'py>)> {
-    let (header, payload) = native(py, move |_| dat::read(&path))?;
+pub fn read_dat(py: Python<'_>, path: PathBuf) -> PyResult<(&'static str, Vec<usize>, Bytes<'_>)> {
+    let (header, payload) = native(py, |_| dat::read(&path))?;
     Ok((header.dtype().name(), header.shape(), PyArray1::from_vec(py, payload)))
 }
 
