@@ -23,10 +23,12 @@ from torch_to_nnef.graph.inputs import Args, DynamicAxes, prepare
 from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.nnef.writer import target_path, write_archive
-from torch_to_nnef.quantize.apply import Progress
+from torch_to_nnef.quantize.apply import Progress, row_of
 from torch_to_nnef.quantize.rows import TensorRow, recording
-from torch_to_nnef.quantize.targets import Filters, Selection
+from torch_to_nnef.quantize.targets import Filters, Selection, Target, as_filters
 from torch_to_nnef.report import Report, Totals
+from torch_to_nnef.tensor.quant import QTensor
+from torch_to_nnef.tensor.updater import ModTensorUpdater
 from torch_to_nnef.verify import Comparison, compare_models
 
 
@@ -143,7 +145,7 @@ def _choices(
     others = [(_lookup(key, registry), replace(selection, include=pattern)) for pattern, key in overrides.items()]
     if method is None:
         return others
-    excluded = [*as_filters(selection.exclude), *overrides]
+    excluded = [*as_filters(selection.exclude or ()), *overrides]
     return [(_lookup(method, registry), replace(selection, exclude=excluded or None)), *others]
 
 
@@ -186,9 +188,11 @@ def _rows(
 ) -> tuple[TensorRow, ...]:
     """One row a weight: what methods recorded (the last word counts), and packed weights that a foreign method did not record."""
     rows = {row.fqn: row for row in recorded}
+    places = ModTensorUpdater(after)
     for name, tensor in after.named_parameters():
         if isinstance(tensor, QTensor) and name not in rows:
-            rows[name] = tensor_row(after, name, before.get_parameter(name), tensor, method)
+            target = Target(before.get_parameter(name), places.places(tensor), None)
+            rows[name] = row_of(target, tensor, method or "")
     return tuple(rows.values())
 
 

@@ -66,3 +66,47 @@ fn check(codes: &[u8], scales: &[u8], blocks: &[u8]) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_layout_is_scale_then_codes() {
+        let codes: Vec<u8> = (0..32).collect();
+        let mut blocks = [0; 36];
+        join(&codes, &[0xaa, 0xbb, 0xcc, 0xdd], &mut blocks).unwrap();
+        assert_eq!(blocks[..2], [0xaa, 0xbb]);
+        assert_eq!(blocks[2..18], codes[..16]);
+        assert_eq!(blocks[18..20], [0xcc, 0xdd]);
+        assert_eq!(blocks[20..], codes[16..]);
+        let second: BlockQ4_0 = bytemuck::pod_read_unaligned(&blocks[18..]);
+        assert_eq!((second.d.to_bits(), &second.qs[..]), (0xddcc, &codes[16..]));
+    }
+
+    #[test]
+    fn lengths_are_checked() {
+        for (codes, scales, blocks) in [(16, 2, 17), (16, 4, 18), (17, 2, 18), (0, 2, 0), (32, 4, 18)] {
+            let (mut codes, mut scales, mut blocks) = (vec![0; codes], vec![0; scales], vec![0; blocks]);
+            assert!(matches!(join(&codes, &scales, &mut blocks), Err(Error::InvalidArgument(_))));
+            assert!(matches!(split(&blocks, &mut codes, &mut scales), Err(Error::InvalidArgument(_))));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn split_undoes_join(seed: [u8; 36], groups in 0_usize..9000) {
+            let codes: Vec<u8> = (0..groups * 16).map(|i| seed[i % 35].wrapping_add((i >> 8) as u8)).collect();
+            let scales: Vec<u8> = (0..groups * 2).map(|i| seed[i % 31] ^ (i >> 7) as u8).collect();
+            let mut blocks = vec![0; groups * 18];
+            join(&codes, &scales, &mut blocks).unwrap();
+            let (mut codes_back, mut scales_back) = (vec![1; codes.len()], vec![1; scales.len()]);
+            split(&blocks, &mut codes_back, &mut scales_back).unwrap();
+            prop_assert!(codes == codes_back && scales == scales_back);
+        }
+    }
+}

@@ -6,7 +6,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use super::simd::{Kernel, vectorized};
+use super::simd::{Isa, Kernel, dispatch};
 use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, check_planes};
 use crate::error::{Error, Result};
 
@@ -23,7 +23,7 @@ pub fn dequantize(codes: &[u8], scales: &[u8], float: FloatType, data: &mut [u8]
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
-            vectorized(Tile { codes, scales, float, data, buffer });
+            dispatch(Tile { codes, scales, float, data, buffer });
             Ok(())
         },
     )
@@ -41,7 +41,7 @@ impl Kernel for Tile<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, isa: impl Isa) {
         let groups = self.codes.len() / CODE_BYTES;
         let mut scales = [0.0; TILE / GROUP_SIZE];
         let scales = &mut scales[..groups];
@@ -49,10 +49,10 @@ impl Kernel for Tile<'_> {
         if self.float == FloatType::F32
             && let Ok(values) = bytemuck::try_cast_slice_mut(self.data)
         {
-            return decode(self.codes, scales, values);
+            return decode(isa, self.codes, scales, values);
         }
         let values = &mut self.buffer[..groups * GROUP_SIZE];
-        decode(self.codes, scales, values);
+        decode(isa, self.codes, scales, values);
         self.float.store(values, self.data);
     }
 }
@@ -67,13 +67,60 @@ pub(super) fn load_scales(bytes: &[u8], scales: &mut [f32]) {
 }
 
 #[inline(always)]
-fn decode(codes: &[u8], scales: &[f32], values: &mut [f32]) {
-    let groups = values.as_chunks_mut::<GROUP_SIZE>().0.iter_mut().zip(codes.as_chunks::<CODE_BYTES>().0);
+fn decode(isa: impl Isa, codes: &[u8], scales: &[f32], values: &mut [f32]) {
+    let groups = values.as_chunks_mut().0.iter_mut().zip(codes.as_chunks().0);
     for ((values, codes), scale) in groups.zip(scales) {
-        let (low, high) = values.split_at_mut(CODE_BYTES);
-        for i in 0..CODE_BYTES {
-            low[i] = (i32::from(codes[i] & 15) - 8) as f32 * scale;
-            high[i] = (i32::from(codes[i] >> 4) - 8) as f32 * scale;
+        *values = isa.decode(codes, *scale);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use half::bf16;
+
+    use super::*;
+
+    /// Every code with every scale, NaN and infinities included, rounded once to each float type.
+    #[test]
+    fn all_values_are_the_formula() {
+        let ramp: Vec<u8> = (0..16_u8).map(|i| i | (15 - i) << 4).collect();
+        let scales: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+        let codes = ramp.repeat(1 << 16);
+        let stop = AtomicBool::new(false);
+        let n = codes.len() * 2;
+        let run = |float: FloatType, shift: usize| {
+            let mut data = vec![0; shift + n * float.size()];
+            dequantize(&codes, &scales, float, &mut data[shift..], &stop).unwrap();
+            data.split_off(shift)
+        };
+        let singles = run(FloatType::F32, 0);
+        let halves = run(FloatType::F16, 0);
+        let brains = run(FloatType::Bf16, 0);
+        let values = singles.as_chunks().0.iter().zip(halves.as_chunks().0).zip(brains.as_chunks().0);
+        for (i, ((single, half), brain)) in values.enumerate() {
+            let code = if i % 32 < 16 { i % 16 } else { 15 - i % 16 };
+            let value = (code as f32 - 8.0) * f16::from_bits((i / 32) as u16).to_f32();
+            let (single, half, brain) =
+                (f32::from_le_bytes(*single), f16::from_le_bytes(*half), bf16::from_le_bytes(*brain));
+            if value.is_nan() {
+                assert!(single.is_nan() && half.is_nan() && brain.is_nan(), "{i}");
+            } else {
+                assert_eq!(single.to_bits(), value.to_bits(), "{i}");
+                assert_eq!(half.to_bits(), f16::from_f32(value).to_bits(), "{i}");
+                assert_eq!(brain.to_bits(), bf16::from_f32(value).to_bits(), "{i}");
+            }
+        }
+        assert!(run(FloatType::F32, 1) == singles && run(FloatType::F16, 1) == halves);
+    }
+
+    #[test]
+    fn lengths_are_checked() {
+        let stop = AtomicBool::new(false);
+        for (codes, scales, data) in [(16, 2, 127), (16, 2, 64), (15, 2, 128), (16, 1, 128)] {
+            let outcome = dequantize(&vec![0; codes], &vec![0; scales], FloatType::F32, &mut vec![0; data], &stop);
+            assert!(matches!(outcome, Err(Error::InvalidArgument(_))), "{outcome:?}");
         }
     }
 }

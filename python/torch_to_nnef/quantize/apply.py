@@ -58,7 +58,7 @@ def quantize_(
             packed = encode(target.tensor.detach(), fqn)
             held = isinstance(target.tensor, nn.Parameter)
             encoded[id(target.tensor)] = nn.Parameter(packed, requires_grad=False) if held else packed
-        rows.append(_row(target, packed, method))
+        rows.append(row_of(target, packed, method))
     if progress:
         progress(total, total, "")
     _swap(targets, encoded)
@@ -78,7 +78,8 @@ def _swap(targets: Sequence[Target], encoded: dict[int, nn.Parameter | QTensor])
         raise
 
 
-def _row(target: Target, packed: QTensor | None, method: str) -> TensorRow:
+def row_of(target: Target, packed: QTensor | None, method: str) -> TensorRow:
+    """What became of `target.tensor`: packed by `method`, or left as it is with `target.reason`."""
     tensor, place = target.tensor, target.places[0]
     make = functools.partial(
         TensorRow,

@@ -144,10 +144,11 @@ def _use_shape_reason(shape: Sequence[int], uses: frozenset[Use]) -> str | None:
 
 
 def _matches(filters: Filters, places: Iterable[Place]) -> bool:
-    return any(_match_one(one, place) for one in _as_list(filters) for place in places)
+    return any(_match_one(one, place) for one in as_filters(filters) for place in places)
 
 
-def _as_list(filters: Filters) -> Iterator[Filter]:
+def as_filters(filters: Filters) -> Iterator[Filter]:
+    """One filter or several, as several."""
     if isinstance(filters, (str, re.Pattern)) or callable(filters):
         yield filters
     else:

@@ -1,8 +1,9 @@
 //! Clipping at a quantile of the magnitudes.
 
-use super::signed_extreme::{SignedExtreme, extreme};
-use super::{Coded, Encode, Group, grid};
+use super::signed_extreme::SignedExtreme;
+use super::{Coded, Encode, grid};
 use crate::q40::GROUP_SIZE;
+use crate::q40::simd::{Group, Isa};
 
 /// `scale = ±q / -8`, `q` a quantile of `|x|` and the sign that of the extreme; `SignedExtreme` where that is better.
 #[derive(Clone, Copy)]
@@ -21,7 +22,8 @@ impl MinMax {
         Self { rank, fraction: (position - rank as f64) as f32 }
     }
 
-    fn quantile(self, x: &Group) -> f32 {
+    /// The quantile of the magnitudes.
+    pub(super) fn quantile(self, x: &Group) -> f32 {
         let mut magnitudes = x.map(f32::abs);
         magnitudes.sort_unstable_by(f32::total_cmp);
         let (below, above) = (magnitudes[self.rank], magnitudes[self.rank + 1]);
@@ -31,9 +33,9 @@ impl MinMax {
 
 impl Encode for MinMax {
     #[inline(always)]
-    fn encode(self, x: &Group) -> Coded {
-        let whole = SignedExtreme.encode(x);
-        let clipped = grid::encode(x, self.quantile(x).copysign(extreme(x)) / -8.0);
-        if grid::squared_error(x, &clipped) <= grid::squared_error(x, &whole) { clipped } else { whole }
+    fn encode(self, isa: impl Isa, x: &Group) -> Coded {
+        let whole = SignedExtreme.encode(isa, x);
+        let clipped = grid::encode(isa, x, self.quantile(x).copysign(isa.extreme(x)) / -8.0);
+        grid::better(isa, x, clipped, whole)
     }
 }

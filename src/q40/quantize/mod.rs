@@ -23,7 +23,7 @@ use self::min_max::MinMax;
 use self::scale_search::ScaleSearch;
 use self::signed_extreme::SignedExtreme;
 use super::dequantize::load_scales;
-use super::simd::{Kernel, vectorized};
+use super::simd::{Codes, Group, Isa, Kernel, dispatch};
 use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, check_planes};
 use crate::error::{Error, Result};
 
@@ -62,18 +62,15 @@ impl Encoder {
     }
 }
 
-/// One group of inputs.
-type Group = [f32; GROUP_SIZE];
-
 /// One encoded group; `scale` is rounded to f16 when stored.
 struct Coded {
     scale: f32,
-    codes: [u8; GROUP_SIZE],
+    codes: Codes,
 }
 
 /// A rule for one group. `encode` must be `#[inline(always)]`, see [`Kernel`].
 trait Encode: Copy + Sync {
-    fn encode(self, x: &Group) -> Coded;
+    fn encode(self, isa: impl Isa, x: &Group) -> Coded;
 }
 
 /// Quantizes `data` into `codes` and `scales`; `name` is for errors, after which both hold unspecified bytes.
@@ -115,7 +112,7 @@ pub fn quantize_with_scales(
     }
     let job = Job { data, float, codes, name, stop, largest: f32::MAX };
     job.run(scales.par_chunks(TILE / GROUP_SIZE * SCALE_BYTES), |x, codes, scales| {
-        vectorized(RoundTile { x, codes, scales });
+        dispatch(RoundTile { x, codes, scales });
     })
 }
 
@@ -133,7 +130,7 @@ struct Job<'a> {
 impl Job<'_> {
     fn encode(self, scales: &mut [u8], encoder: impl Encode) -> Result<()> {
         self.run(scales.par_chunks_mut(TILE / GROUP_SIZE * SCALE_BYTES), |x, codes, scales| {
-            vectorized(EncodeTile { encoder, x, codes, scales });
+            dispatch(EncodeTile { encoder, x, codes, scales });
         })
     }
 
@@ -151,8 +148,8 @@ impl Job<'_> {
                 if stop.load(Ordering::Relaxed) {
                     return ControlFlow::Break(());
                 }
-                let x = vectorized(Load { data, float, buffer });
-                if vectorized(InRange { x, largest }) {
+                let x = float.load(data, buffer);
+                if dispatch(InRange { x, largest }) {
                     tile(x, codes, scales);
                     return ControlFlow::Continue(None);
                 }
@@ -200,21 +197,6 @@ impl Offenders {
     }
 }
 
-struct Load<'a> {
-    data: &'a [u8],
-    float: FloatType,
-    buffer: &'a mut [f32; TILE],
-}
-
-impl<'a> Kernel for Load<'a> {
-    type Output = &'a [f32];
-
-    #[inline(always)]
-    fn run(self) -> &'a [f32] {
-        self.float.load(self.data, self.buffer)
-    }
-}
-
 struct InRange<'a> {
     x: &'a [f32],
     largest: f32,
@@ -223,10 +205,9 @@ struct InRange<'a> {
 impl Kernel for InRange<'_> {
     type Output = bool;
 
-    /// Magnitudes compare as integers, NaN above all numbers.
     #[inline(always)]
-    fn run(self) -> bool {
-        self.x.iter().fold(0, |most, value| value.abs().to_bits().max(most)) <= self.largest.to_bits()
+    fn run(self, isa: impl Isa) -> bool {
+        self.x.as_chunks().0.iter().fold(0, |most, x| isa.magnitude_bits(x).max(most)) <= self.largest.to_bits()
     }
 }
 
@@ -241,12 +222,12 @@ impl<E: Encode> Kernel for EncodeTile<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, isa: impl Isa) {
         let mut scales = [0.0; TILE / GROUP_SIZE];
         let groups = self.x.as_chunks().0.iter().zip(self.codes.as_chunks_mut().0);
         for ((x, codes), scale) in groups.zip(&mut scales) {
-            let coded = self.encoder.encode(x);
-            *codes = pack(&coded.codes);
+            let coded = self.encoder.encode(isa, x);
+            *codes = coded.codes;
             *scale = coded.scale;
         }
         let mut halves = [f16::ZERO; TILE / GROUP_SIZE];
@@ -265,18 +246,15 @@ impl Kernel for RoundTile<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, isa: impl Isa) {
         let mut scales = [0.0; TILE / GROUP_SIZE];
         load_scales(self.scales, &mut scales[..self.scales.len() / SCALE_BYTES]);
         let groups = self.x.as_chunks().0.iter().zip(self.codes.as_chunks_mut().0);
         for ((x, codes), scale) in groups.zip(&scales) {
-            *codes = pack(&grid::round(x, *scale));
+            *codes = grid::round(isa, x, *scale);
         }
     }
 }
 
-/// 32 codes to 16 bytes.
-#[inline(always)]
-fn pack(codes: &[u8; GROUP_SIZE]) -> [u8; CODE_BYTES] {
-    std::array::from_fn(|i| codes[i] | codes[i + CODE_BYTES] << 4)
-}
+#[cfg(test)]
+mod tests;
