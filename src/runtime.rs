@@ -1,1 +1,439 @@
-//! (to come)
+//! tract in this process: load an archive, optimize it, run it. The only file that names tract.
+//!
+//! A panic inside tract becomes [`Error::Tract`] here, since where it happened is what the caller can act on. What
+//! cannot be caught (stack overflow, abort) is refused beforehand by [`preflight`].
+
+use std::any::Any;
+use std::collections::{HashMap, HashSet};
+use std::fmt::{self, Display};
+use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use tract_core::ops::konst::Const;
+use tract_core::ops::scan::OptScan;
+use tract_linalg::block_quant::BlockQuantStorage;
+use tract_linalg::mmm::PackedMatrixStorage;
+use tract_nnef::ast::{LValue, ProtoModel};
+use tract_nnef::internal::{
+    DatumType, DimLike, Framework, Identifier, IntoRunnable, IntoTValue, Nnef, OutletId, ShapeFact, Symbol,
+    SymbolValues, TDim, TValue, TVec, Tensor, TensorStorage, TractErrorContext, TractResult, TypedFact, TypedModel,
+    TypedSimplePlan, ensure,
+};
+
+use crate::error::{Error, Result};
+use crate::preflight;
+
+/// Version of the linked tract crates.
+pub const TRACT_VERSION: &str = "0.23.9";
+
+/// Longest error text of tract that is passed on: some of its errors quote the whole graph.
+const MAX_ERROR_LEN: usize = 4000;
+
+/// The types whose items are plain bytes, by tract's names.
+const TYPES: [(DatumType, &str); 12] = [
+    (DatumType::Bool, "bool"),
+    (DatumType::U8, "u8"),
+    (DatumType::U16, "u16"),
+    (DatumType::U32, "u32"),
+    (DatumType::U64, "u64"),
+    (DatumType::I8, "i8"),
+    (DatumType::I16, "i16"),
+    (DatumType::I32, "i32"),
+    (DatumType::I64, "i64"),
+    (DatumType::F16, "f16"),
+    (DatumType::F32, "f32"),
+    (DatumType::F64, "f64"),
+];
+
+/// One dimension of a [`Fact`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Dim {
+    /// Known at load.
+    Fixed(usize),
+    /// An expression over symbols, e.g. `B` or `S+P`.
+    Expression(String),
+}
+
+impl Display for Dim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(size) => size.fmt(f),
+            Self::Expression(text) => f.write_str(text),
+        }
+    }
+}
+
+/// What is known of an input or output before a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fact {
+    /// Name in graph.nnef.
+    pub name: String,
+    /// Type of the items as they cross [`Model::run`]: quantized types by their integer storage, symbolic ones as i64.
+    pub dtype: String,
+    /// Dimensions, outermost first.
+    pub shape: Vec<Dim>,
+}
+
+impl Fact {
+    fn new(name: String, fact: &TypedFact) -> Self {
+        let dim = |dim: &TDim| dim.to_usize().map_or_else(|_| Dim::Expression(dim.to_string()), Dim::Fixed);
+        let dtype = match type_name(fact.datum_type) {
+            Some(name) => name.to_owned(),
+            None if fact.datum_type.is_tdim() => "i64".to_owned(),
+            None => format!("{:?}", fact.datum_type),
+        };
+        Self { name, dtype, shape: fact.shape.iter().map(dim).collect() }
+    }
+}
+
+/// Value of a property of the archive.
+#[derive(Debug)]
+pub enum Property {
+    /// A string, or several.
+    Text(Vec<String>),
+    /// Numbers.
+    Tensor(Array),
+}
+
+/// A tensor given to [`Model::run`].
+#[derive(Debug, Clone, Copy)]
+pub struct Input<'a> {
+    /// Type of the items, by tract's name.
+    pub dtype: &'a str,
+    /// Dimensions, outermost first.
+    pub shape: &'a [usize],
+    /// Items in C order, little endian.
+    pub bytes: &'a [u8],
+}
+
+/// A tensor that tract made.
+#[derive(Debug)]
+pub struct Array {
+    dtype: &'static str,
+    value: TValue,
+}
+
+impl Array {
+    fn new(value: TValue) -> TractResult<Self> {
+        let value =
+            if value.datum_type().is_tdim() { value.cast_to::<i64>()?.into_owned().into_tvalue() } else { value };
+        let dtype = type_name(value.datum_type());
+        ensure!(value.is_plain_ram(), "{value:?} is not plain numbers: a packed weight cannot be an output");
+        let dtype = dtype.with_context(|| format!("{:?} has no counterpart outside tract", value.datum_type()))?;
+        Ok(Self { dtype, value })
+    }
+
+    /// Type of the items, by tract's name.
+    pub fn dtype(&self) -> &'static str {
+        self.dtype
+    }
+
+    /// Dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        self.value.shape()
+    }
+
+    /// Items in C order, little endian.
+    pub fn bytes(&self) -> &[u8] {
+        self.value.as_bytes()
+    }
+}
+
+/// An archive in tract, optimized and ready to run; shared freely between threads.
+#[derive(Debug)]
+pub struct Model {
+    plan: Arc<TypedSimplePlan>,
+    inputs: Vec<Fact>,
+    outputs: Vec<Fact>,
+    properties: Vec<(String, Property)>,
+    weight_bytes: usize,
+}
+
+impl Model {
+    /// Loads a folder, tar or tgz. `outputs` names assignments of graph.nnef to output instead of the graph's results.
+    pub fn load(path: &Path, outputs: Option<&[String]>, stop: &AtomicBool) -> Result<Self> {
+        preflight::check(path, stop)?;
+        Self::build(path, outputs, stop, || framework().proto_model_for_path(path))
+    }
+
+    /// [`Self::load`] of a tar or tgz in memory.
+    pub fn load_bytes(bytes: &[u8], outputs: Option<&[String]>, stop: &AtomicBool) -> Result<Self> {
+        preflight::check_bytes(bytes, stop)?;
+        let label = Path::new(preflight::IN_MEMORY);
+        Self::build(label, outputs, stop, || framework().proto_model_for_read(&mut Cursor::new(bytes)))
+    }
+
+    fn build(
+        archive: &Path,
+        outputs: Option<&[String]>,
+        stop: &AtomicBool,
+        parse: impl FnOnce() -> TractResult<ProtoModel>,
+    ) -> Result<Self> {
+        let at = archive.display();
+        let mut proto = guarded(&at, stop, parse)?;
+        if let Some(names) = outputs {
+            select_outputs(&mut proto, names)?;
+        }
+        let results = proto.doc.graph_def.results.iter().map(|id| id.0.clone()).collect();
+        let model = guarded(&at, stop, || {
+            let mut model = framework().model_for_proto_model(&proto)?;
+            order_inputs(&mut model, &proto)?;
+            Ok(model)
+        })?;
+        // Or the weights would stay in memory twice, as loaded and as packed.
+        drop(proto);
+        let properties = guarded(&at, stop, || properties(&model))?;
+        let plan = guarded(&at, stop, || model.into_optimized()?.into_runnable())?;
+        guarded(&at, stop, || Self::describe(plan, results, properties))
+    }
+
+    fn describe(
+        plan: Arc<TypedSimplePlan>,
+        results: Vec<String>,
+        properties: Vec<(String, Property)>,
+    ) -> TractResult<Self> {
+        let model = plan.model();
+        let fact = |name: String, outlet: &OutletId| Ok(Fact::new(name, model.outlet_fact(*outlet)?));
+        let inputs =
+            model.inputs.iter().map(|i| fact(model.node(i.node).name.clone(), i)).collect::<TractResult<_>>()?;
+        let outputs = results.into_iter().zip(&model.outputs).map(|(n, o)| fact(n, o)).collect::<TractResult<_>>()?;
+        let weight_bytes = weight_bytes(model, &mut HashSet::new());
+        Ok(Self { plan, inputs, outputs, properties, weight_bytes })
+    }
+
+    /// Inputs, in the order [`Self::run`] takes them.
+    pub fn inputs(&self) -> &[Fact] {
+        &self.inputs
+    }
+
+    /// Outputs, in the order [`Self::run`] gives them.
+    pub fn outputs(&self) -> &[Fact] {
+        &self.outputs
+    }
+
+    /// Properties of the archive, by name.
+    pub fn properties(&self) -> &[(String, Property)] {
+        &self.properties
+    }
+
+    /// Bytes of the constants that tract holds, each counted once, packed ones as they are held.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    /// One run, without state from earlier ones.
+    pub fn run(&self, inputs: &[Input<'_>]) -> Result<Vec<Array>> {
+        self.check(inputs)?;
+        guarded(&"running the model", &AtomicBool::new(false), || {
+            let facts = self.plan.model().inputs.iter().map(|&i| self.plan.model().outlet_fact(i));
+            let tensor = |(input, fact): (&Input<'_>, TractResult<&TypedFact>)| {
+                // SAFETY: `check` admitted only types of TYPES, for which any bytes are a value (bool: checked there);
+                // tract checks their number.
+                Ok(unsafe { Tensor::from_raw_dt(fact?.datum_type, input.shape, input.bytes) }?.into_tvalue())
+            };
+            let tensors = inputs.iter().zip(facts).map(tensor).collect::<TractResult<TVec<_>>>()?;
+            self.plan.run(tensors)?.into_iter().map(Array::new).collect()
+        })
+    }
+
+    /// [`Error::InvalidArgument`] unless the inputs are what the model takes, symbols having one size each.
+    fn check(&self, inputs: &[Input<'_>]) -> Result<()> {
+        if inputs.len() != self.inputs.len() {
+            let names: Vec<_> = self.inputs.iter().map(|i| i.name.as_str()).collect();
+            let (expected, got) = (names.len(), inputs.len());
+            return invalid(format!("the model takes {expected} inputs ({}), got {got}", names.join(", ")));
+        }
+        let mut sizes = Sizes::default();
+        let facts: Vec<_> = self.inputs.iter().zip(&self.plan.model().inputs).zip(inputs).collect();
+        for ((fact, outlet), input) in &facts {
+            check_type(fact, input)?;
+            let dims = &self.plan.model().outlet_fact(**outlet).map_err(|e| Error::Tract(format!("{e:#}")))?.shape;
+            sizes.bind(fact, dims, input)?;
+        }
+        // Once every symbol that stands alone is known.
+        for ((fact, outlet), input) in &facts {
+            let dims = &self.plan.model().outlet_fact(**outlet).map_err(|e| Error::Tract(format!("{e:#}")))?.shape;
+            sizes.check(fact, dims, input)?;
+        }
+        Ok(())
+    }
+}
+
+/// Sizes of the symbols in one run, and who gave them.
+#[derive(Default)]
+struct Sizes<'a> {
+    values: SymbolValues,
+    origin: HashMap<Symbol, (&'a str, usize)>,
+}
+
+impl<'a> Sizes<'a> {
+    fn bind(&mut self, fact: &'a Fact, dims: &ShapeFact, input: &Input<'_>) -> Result<()> {
+        for (axis, (dim, &size)) in dims.iter().zip(input.shape).enumerate() {
+            let TDim::Sym(symbol) = dim else { continue };
+            let Some(known) = self.values.get(symbol) else {
+                self.values.set(symbol, size as i64);
+                self.origin.insert(symbol.clone(), (&fact.name, axis));
+                continue;
+            };
+            if known != size as i64 {
+                let (first, first_axis) = self.origin.get(symbol).copied().unwrap_or_default();
+                let name = &fact.name;
+                return invalid(format!(
+                    "input {name:?}: {symbol} is {size} on axis {axis}, but {known} on axis {first_axis} of {first:?}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, fact: &Fact, dims: &ShapeFact, input: &Input<'_>) -> Result<()> {
+        for (axis, (dim, &size)) in dims.iter().zip(input.shape).enumerate() {
+            if let Some(expected) = dim.eval(&self.values).as_i64()
+                && expected != size as i64
+            {
+                let (dim, mismatch) = (&fact.shape[axis], mismatch(fact, input));
+                let because =
+                    if matches!(dim, Dim::Fixed(_)) { String::new() } else { format!(" with {dim} = {expected}") };
+                return invalid(format!("{mismatch}; axis {axis} must be {expected}{because}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_type(fact: &Fact, input: &Input<'_>) -> Result<()> {
+    if !TYPES.iter().any(|&(_, name)| name == fact.dtype) {
+        return invalid(format!("input {:?}: its type {} cannot be given from outside tract", fact.name, fact.dtype));
+    }
+    if input.dtype != fact.dtype {
+        let hint = if matches!(input.dtype, "bf16" | "bfloat16") { "; tract has no bf16" } else { "" };
+        return invalid(format!("{}; convert it to {}{hint}", mismatch(fact, input), fact.dtype));
+    }
+    if input.shape.len() != fact.shape.len() {
+        return invalid(format!("{}; it must have {} axes", mismatch(fact, input), fact.shape.len()));
+    }
+    if fact.dtype == "bool" && input.bytes.iter().any(|&b| b > 1) {
+        return invalid(format!("input {:?}: a boolean is neither 0 nor 1", fact.name));
+    }
+    Ok(())
+}
+
+fn mismatch(fact: &Fact, input: &Input<'_>) -> String {
+    let expected: Vec<_> = fact.shape.iter().map(ToString::to_string).collect();
+    let (name, dtype, expected) = (&fact.name, &fact.dtype, expected.join(", "));
+    format!("input {name:?}: expected {dtype} of shape [{expected}], got {} of shape {:?}", input.dtype, input.shape)
+}
+
+fn invalid<T>(why: String) -> Result<T> {
+    Err(Error::InvalidArgument(why))
+}
+
+/// Parsing its standard library takes milliseconds, so that there is one for all loads.
+fn framework() -> &'static Nnef {
+    static FRAMEWORK: OnceLock<Nnef> = OnceLock::new();
+    FRAMEWORK.get_or_init(tract_nnef::nnef)
+}
+
+fn type_name(datum_type: DatumType) -> Option<&'static str> {
+    TYPES.iter().find(|(dt, _)| *dt == datum_type.unquantized()).map(|(_, name)| *name)
+}
+
+/// Runs `work` of tract, unless asked to stop; its errors and panics become [`Error::Tract`] that begins with `at`.
+fn guarded<T>(at: &dyn Display, stop: &AtomicBool, work: impl FnOnce() -> TractResult<T>) -> Result<T> {
+    if stop.load(Ordering::Relaxed) {
+        return Err(Error::Interrupted);
+    }
+    let why = match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(done)) => return Ok(done),
+        // Not its Debug form, which holds a backtrace.
+        Ok(Err(error)) => format!("{error:#}"),
+        Err(panic) => format!("tract panicked: {}", panic_text(&*panic)),
+    };
+    Err(Error::Tract(format!("{at}: {}", why.get(..why.floor_char_boundary(MAX_ERROR_LEN)).unwrap_or_default())))
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let owned = panic.downcast_ref::<String>().map(String::as_str);
+    owned.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
+}
+
+/// Makes the assignments `names` the results of the graph.
+fn select_outputs(proto: &mut ProtoModel, names: &[String]) -> Result<()> {
+    let graph = &mut proto.doc.graph_def;
+    let mut assigned = HashSet::new();
+    let mut pending: Vec<&LValue> = graph.body.iter().map(|assignment| &assignment.left).collect();
+    while let Some(left) = pending.pop() {
+        match left {
+            LValue::Identifier(id) => drop(assigned.insert(id.0.as_str())),
+            LValue::Array(parts) | LValue::Tuple(parts) => pending.extend(parts),
+        }
+    }
+    if names.is_empty() {
+        return invalid("outputs: an empty list; name at least one assignment of graph.nnef".to_owned());
+    }
+    if let Some(unknown) = names.iter().find(|name| !assigned.contains(name.as_str())) {
+        return invalid(format!("outputs: graph.nnef assigns nothing called {unknown:?}"));
+    }
+    if let Some((_, twice)) = names.iter().enumerate().find(|&(i, name)| names[..i].contains(name)) {
+        return invalid(format!("outputs: {twice:?} is named twice"));
+    }
+    graph.results = names.iter().map(|name| Identifier(name.clone())).collect();
+    Ok(())
+}
+
+/// Puts the inputs in the order of the graph's signature; tract has them in the order of the body.
+fn order_inputs(model: &mut TypedModel, proto: &ProtoModel) -> TractResult<()> {
+    let place = |outlet: &OutletId| {
+        let name = &model.node(outlet.node).name;
+        proto.doc.graph_def.parameters.iter().position(|id| id.0 == *name)
+    };
+    let mut inputs = model.inputs.clone();
+    inputs.sort_by_key(|outlet| place(outlet).unwrap_or(usize::MAX));
+    model.set_input_outlets(&inputs)
+}
+
+fn properties(model: &TypedModel) -> TractResult<Vec<(String, Property)>> {
+    let mut found = model
+        .properties
+        .iter()
+        .map(|(name, value)| {
+            let property = if value.datum_type() == DatumType::String {
+                Property::Text(value.try_as_plain_ram()?.as_slice::<String>()?.to_vec())
+            } else {
+                Property::Tensor(Array::new(value.clone().into_tvalue())?)
+            };
+            Ok((name.clone(), property))
+        })
+        .collect::<TractResult<Vec<_>>>()?;
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+fn weight_bytes(model: &TypedModel, seen: &mut HashSet<*const Tensor>) -> usize {
+    let mut total = 0;
+    for node in model.nodes() {
+        if let Some(constant) = node.op_as::<Const>()
+            && seen.insert(Arc::as_ptr(constant.val()))
+        {
+            total += held_bytes(constant.val());
+        } else if let Some(scan) = node.op_as::<OptScan>() {
+            total += weight_bytes(scan.plan.model(), seen);
+        }
+    }
+    total
+}
+
+fn held_bytes(tensor: &Tensor) -> usize {
+    if let Some(blocks) = tensor.storage_as::<BlockQuantStorage>() {
+        blocks.value().len()
+    } else if let Some(packed) = tensor.storage_as::<PackedMatrixStorage>() {
+        packed.byte_len()
+    } else if tensor.is_plain_ram() {
+        tensor.as_bytes().len()
+    } else {
+        0
+    }
+}

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
+tract_version: str
+"""Version of the linked tract crates."""
 
 Bytes = NDArray[np.uint8]
 FloatName = Literal["f32", "f16", "bf16"]
@@ -94,7 +96,7 @@ class Model:
     def outputs(self) -> list[tuple[str, str, list[int | str]]]: ...
     @property
     def properties(self) -> dict[str, Any]:
-        """Archive properties: str, or numpy array."""
+        """Archive properties: str, list of str, or numpy array."""
 
     @property
     def weight_bytes(self) -> int:

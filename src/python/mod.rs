@@ -3,6 +3,7 @@
 mod archive;
 mod boundary;
 mod q40;
+mod runtime;
 
 use pyo3::prelude::*;
 
@@ -10,6 +11,9 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add("tract_version", crate::runtime::TRACT_VERSION)?;
+    m.add_class::<runtime::Model>()?;
+    m.add_function(wrap_pyfunction!(runtime::check_archive, m)?)?;
     m.add_class::<archive::ArchiveWriter>()?;
     m.add_function(wrap_pyfunction!(archive::read_dat, m)?)?;
     m.add_function(wrap_pyfunction!(archive::write_dat, m)?)?;

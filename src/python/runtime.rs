@@ -1,0 +1,122 @@
+//! tract models. Contract and docstrings: `_native.pyi`.
+
+use std::path::PathBuf;
+
+use numpy::{PyArray1, PyArrayDescrMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+
+use super::boundary::{native, native_short, to_py};
+use super::q40::input;
+use crate::error::Error;
+use crate::preflight;
+use crate::runtime::{self, Array, Dim, Fact, Input, Property};
+
+/// `(name, dtype, shape)`.
+type PyFact<'py> = (String, String, Vec<Bound<'py, PyAny>>);
+
+#[pyfunction]
+#[pyo3(name = "preflight")]
+pub fn check_archive(py: Python<'_>, path: PathBuf) -> PyResult<()> {
+    native(py, |stop| preflight::check(&path, stop))
+}
+
+#[pyclass(frozen, module = "torch_to_nnef._native")]
+pub struct Model(runtime::Model);
+
+#[pymethods]
+impl Model {
+    #[staticmethod]
+    #[pyo3(signature = (path, outputs = None))]
+    fn load(py: Python<'_>, path: PathBuf, outputs: Option<Vec<String>>) -> PyResult<Self> {
+        native(py, |stop| runtime::Model::load(&path, outputs.as_deref(), stop)).map(Self)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (data, outputs = None))]
+    fn load_bytes(py: Python<'_>, data: &[u8], outputs: Option<Vec<String>>) -> PyResult<Self> {
+        native(py, |stop| runtime::Model::load_bytes(data, outputs.as_deref(), stop)).map(Self)
+    }
+
+    #[getter]
+    fn inputs<'py>(&self, py: Python<'py>) -> PyResult<Vec<PyFact<'py>>> {
+        self.0.inputs().iter().map(|fact| fact_to_py(py, fact)).collect()
+    }
+
+    #[getter]
+    fn outputs<'py>(&self, py: Python<'py>) -> PyResult<Vec<PyFact<'py>>> {
+        self.0.outputs().iter().map(|fact| fact_to_py(py, fact)).collect()
+    }
+
+    #[getter]
+    fn properties<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let found = PyDict::new(py);
+        for (name, value) in self.0.properties() {
+            match value {
+                Property::Text(lines) if lines.len() == 1 => found.set_item(name, &lines[0])?,
+                Property::Text(lines) => found.set_item(name, lines)?,
+                Property::Tensor(array) => found.set_item(name, array_to_py(py, array)?)?,
+            }
+        }
+        Ok(found)
+    }
+
+    #[getter]
+    fn weight_bytes(&self) -> usize {
+        self.0.weight_bytes()
+    }
+
+    fn run<'py>(&self, py: Python<'py>, inputs: Vec<Bound<'py, PyUntypedArray>>) -> PyResult<Bound<'py, PyList>> {
+        let dtypes = inputs.iter().map(dtype_name).collect::<PyResult<Vec<_>>>()?;
+        let bytes = inputs.iter().map(|array| array_bytes(py, array)).collect::<PyResult<Vec<_>>>()?;
+        let mut given = Vec::with_capacity(inputs.len());
+        for ((array, dtype), bytes) in inputs.iter().zip(&dtypes).zip(&bytes) {
+            given.push(Input { dtype, shape: array.shape(), bytes: bytes.as_slice()? });
+        }
+        let outputs = native_short(py, || self.0.run(&given))?;
+        PyList::new(py, outputs.iter().map(|array| array_to_py(py, array)).collect::<PyResult<Vec<_>>>()?)
+    }
+}
+
+fn fact_to_py<'py>(py: Python<'py>, fact: &Fact) -> PyResult<PyFact<'py>> {
+    let dim = |dim: &Dim| match dim {
+        Dim::Fixed(size) => Ok(size.into_pyobject(py)?.into_any()),
+        Dim::Expression(text) => Ok(text.into_pyobject(py)?.into_any()),
+    };
+    Ok((fact.name.clone(), fact.dtype.clone(), fact.shape.iter().map(dim).collect::<PyResult<_>>()?))
+}
+
+/// numpy's dtype by tract's name ("f32", "bool"), or as numpy says it if tract has no such type.
+fn dtype_name(array: &Bound<'_, PyUntypedArray>) -> PyResult<String> {
+    let dtype = array.dtype();
+    let swapped = dtype.is_native_byteorder() == Some(false);
+    match dtype.kind() {
+        b'b' => Ok("bool".to_owned()),
+        kind @ (b'f' | b'i' | b'u') if !swapped => Ok(format!("{}{}", kind as char, 8 * dtype.itemsize())),
+        _ => Ok(dtype.str()?.to_string()),
+    }
+}
+
+/// The memory of a C-contiguous array, not copied.
+fn array_bytes<'py>(py: Python<'py>, array: &Bound<'py, PyUntypedArray>) -> PyResult<PyReadonlyArray1<'py, u8>> {
+    let refuse = |why: &str| to_py(py, &Error::InvalidArgument(format!("inputs: {why}")));
+    if !array.is_c_contiguous() {
+        return Err(refuse("an array is not C-contiguous; pass it through numpy.ascontiguousarray"));
+    }
+    if array.dtype().has_object() {
+        return Err(refuse("an array of Python objects"));
+    }
+    let bytes = array.call_method1("reshape", (-1,))?.call_method1("view", ("u1",))?;
+    input(&bytes.cast_into::<PyArray1<u8>>()?, "inputs")
+}
+
+fn array_to_py<'py>(py: Python<'py>, array: &Array) -> PyResult<Bound<'py, PyAny>> {
+    let bytes = PyArray1::from_slice(py, array.bytes());
+    bytes.call_method1("view", (numpy_name(array.dtype()),))?.call_method1("reshape", (array.shape().to_vec(),))
+}
+
+/// numpy's name of a tract type: `f4` for `f32`.
+fn numpy_name(dtype: &str) -> String {
+    let (kind, bits) = dtype.split_at(1);
+    bits.parse::<usize>().map_or_else(|_| dtype.to_owned(), |bits| format!("{kind}{}", bits / 8))
+}
