@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use tract_core::model::TRACT_NAME;
 use tract_core::ops::konst::Const;
 use tract_core::ops::scan::OptScan;
 use tract_linalg::block_quant::BlockQuantStorage;
@@ -395,10 +396,12 @@ fn order_inputs(model: &mut TypedModel, proto: &ProtoModel) -> TractResult<()> {
     model.set_input_outlets(&inputs)
 }
 
+/// Without the name of the graph, which tract puts among them.
 fn properties(model: &TypedModel) -> TractResult<Vec<(String, Property)>> {
     let mut found = model
         .properties
         .iter()
+        .filter(|(name, _)| *name != TRACT_NAME)
         .map(|(name, value)| {
             let property = if value.datum_type() == DatumType::String {
                 Property::Text(value.try_as_plain_ram()?.as_slice::<String>()?.to_vec())

@@ -6,7 +6,7 @@
 //! fragments of 20 operators) loads; a unit of work below takes about 4 µs.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// Brackets and operators around an expression, those of the fragments around it included.
 const MAX_DEPTH: usize = 256;
@@ -119,7 +119,7 @@ struct Definition<'a> {
     depth: usize,
     operations: u64,
     /// What its body applies or names in a string (the body of a scan), and how often.
-    names: HashMap<Cow<'a, str>, u64>,
+    names: BTreeMap<Cow<'a, str>, u64>,
 }
 
 /// An open bracket.

@@ -18,7 +18,7 @@ type PyFact<'py> = (String, String, Vec<Bound<'py, PyAny>>);
 #[pyfunction]
 #[pyo3(name = "preflight")]
 pub fn check_archive(py: Python<'_>, path: PathBuf) -> PyResult<()> {
-    native(py, |stop| preflight::check(&path, stop))
+    native(py, move |stop| preflight::check(&path, stop))
 }
 
 #[pyclass(frozen, module = "torch_to_nnef._native")]
@@ -29,13 +29,13 @@ impl Model {
     #[staticmethod]
     #[pyo3(signature = (path, outputs = None))]
     fn load(py: Python<'_>, path: PathBuf, outputs: Option<Vec<String>>) -> PyResult<Self> {
-        native(py, |stop| runtime::Model::load(&path, outputs.as_deref(), stop)).map(Self)
+        native(py, move |stop| runtime::Model::load(&path, outputs.as_deref(), stop)).map(Self)
     }
 
     #[staticmethod]
     #[pyo3(signature = (data, outputs = None))]
     fn load_bytes(py: Python<'_>, data: &[u8], outputs: Option<Vec<String>>) -> PyResult<Self> {
-        native(py, |stop| runtime::Model::load_bytes(data, outputs.as_deref(), stop)).map(Self)
+        native(py, move |stop| runtime::Model::load_bytes(data, outputs.as_deref(), stop)).map(Self)
     }
 
     #[getter]
@@ -66,6 +66,7 @@ impl Model {
         self.0.weight_bytes()
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "what pyo3 makes of a Python sequence")]
     fn run<'py>(&self, py: Python<'py>, inputs: Vec<Bound<'py, PyUntypedArray>>) -> PyResult<Bound<'py, PyList>> {
         let dtypes = inputs.iter().map(dtype_name).collect::<PyResult<Vec<_>>>()?;
         let bytes = inputs.iter().map(|array| array_bytes(py, array)).collect::<PyResult<Vec<_>>>()?;

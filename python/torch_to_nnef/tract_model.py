@@ -1,0 +1,123 @@
+"""An NNEF archive in the tract that is linked into this package: `TractModel`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from torch_to_nnef import _native
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorMisuse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from os import PathLike
+
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = ["Fact", "TractModel"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is known of an input or output before a run.
+
+    `dtype` is numpy's name of the item type as it crosses `TractModel.run`: quantized tensors appear as their integers,
+    symbolic ones as `int64`. A dimension that is not known before the run is its expression, e.g. `"B"` or `"S+P"`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+class TractModel:
+    """An archive loaded, optimized and ready to run. Immutable: threads may share it, and no run sees another's state.
+
+    Make one with `load` or `load_bytes`. Errors: `T2NErrorNotFoundFile` if there is nothing at the path,
+    `T2NErrorInconsistentTensor` for a container or `.dat` that is not what its headers say, `T2NErrorTract` for a graph
+    that tract refuses, fails on, or that is kept from it because it could crash it.
+    """
+
+    def __init__(self, native: _native.Model, source: str) -> None:
+        self._native = native
+        self._source = source
+        self.inputs: tuple[Fact, ...] = tuple(map(_fact, native.inputs))
+        """In the order `run` takes them: that of the graph's signature."""
+        self.outputs: tuple[Fact, ...] = tuple(map(_fact, native.outputs))
+        self.properties: Mapping[str, Any] = native.properties
+        """What the archive says of itself: a str, a list of them or a numpy array by name."""
+        self.weight_bytes: int = native.weight_bytes
+        """Bytes of constants that tract holds, packed weights as they are packed."""
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], outputs: Sequence[str] | None = None) -> TractModel:
+        """Load a folder, tar or tgz; `outputs` names assignments of graph.nnef to output instead of the graph's results."""
+        return cls(_native.Model.load(path, outputs), str(path))
+
+    @classmethod
+    def load_bytes(cls, data: bytes, outputs: Sequence[str] | None = None) -> TractModel:
+        """`load` for a tar or tgz in memory."""
+        return cls(_native.Model.load_bytes(data, outputs), f"{len(data)} bytes")
+
+    def run(self, *args: NDArray[Any] | torch.Tensor, **named: NDArray[Any] | torch.Tensor) -> dict[str, NDArray[Any]]:
+        """Run once; inputs in order or by name, numpy arrays or torch tensors, each of the dtype of its `Fact`.
+
+        Nothing is converted: a dtype or shape that does not fit, a symbol given two sizes, an input missing or unknown
+        raise `T2NErrorInvalidArgument`. Returns the outputs by name, as arrays of their own memory. The GIL is
+        released during the run.
+        """
+        results = self._native.run([_as_array(fact.name, value) for fact, value in self._bind(args, named)])
+        return {fact.name: result for fact, result in zip(self.outputs, results, strict=True)}
+
+    def _bind(self, args: Sequence[Any], named: Mapping[str, Any]) -> list[tuple[Fact, Any]]:
+        names = [fact.name for fact in self.inputs]
+        expected = f"the model takes {', '.join(map(str, self.inputs)) or 'no input'}"
+        if len(args) > len(names):
+            raise T2NErrorInvalidArgument(f"{len(args)} inputs were given; {expected}")
+        given = dict(zip(names, args, strict=False))
+        if twice := given.keys() & named.keys():
+            raise T2NErrorInvalidArgument(f"given both by place and by name: {', '.join(sorted(twice))}; {expected}")
+        given |= named
+        if unknown := given.keys() - set(names):
+            raise T2NErrorInvalidArgument(f"not an input: {', '.join(sorted(unknown))}; {expected}")
+        if missing := [name for name in names if name not in given]:
+            raise T2NErrorInvalidArgument(f"missing: {', '.join(missing)}; {expected}")
+        return [(fact, given[fact.name]) for fact in self.inputs]
+
+    def __repr__(self) -> str:
+        inputs, outputs = (", ".join(map(str, facts)) for facts in (self.inputs, self.outputs))
+        return f"TractModel({self._source}: ({inputs}) -> ({outputs}), {self.weight_bytes} bytes of weights)"
+
+    def __reduce__(self) -> NoReturn:
+        raise T2NErrorMisuse("a TractModel cannot be pickled or copied; load the archive where it is needed")
+
+
+def _fact(native: tuple[str, str, list[int | str]]) -> Fact:
+    name, dtype, shape = native
+    return Fact(name, _NUMPY_NAMES.get(dtype, dtype), tuple(shape))
+
+
+# tract's names of types -> numpy's
+_NUMPY_NAMES = {np.dtype(code).kind + str(8 * np.dtype(code).itemsize): np.dtype(code).name for code in "efdbBhHiIqQ"}
+
+
+def _as_array(name: str, value: object) -> NDArray[Any]:
+    torch = sys.modules.get("torch")  # a tensor cannot exist without it
+    if torch is not None and isinstance(value, torch.Tensor):
+        if value.dtype in (torch.bfloat16, torch.complex64, torch.complex128) or value.is_quantized:
+            raise T2NErrorInvalidArgument(
+                f"input {name!r}: tract has no {value.dtype}; convert it first, e.g. with .float()"
+            )
+        value = value.detach().cpu().numpy()
+    if not isinstance(value, np.ndarray):
+        kind = type(value).__name__
+        raise T2NErrorInvalidArgument(f"input {name!r}: a numpy array or torch tensor is expected, not {kind}")
+    # Not ascontiguousarray, which makes an array of rank 0 one of rank 1.
+    return np.asarray(value, order="C")
