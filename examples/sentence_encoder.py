@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich import print as show
+
 from torch_to_nnef import Report, TractModel, quantize_and_verify
 from torch_to_nnef.report import Section
 

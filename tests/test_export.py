@@ -5,12 +5,13 @@ import hashlib
 import pytest
 import torch
 from torch import nn
+
 from torch_to_nnef import TractModel
 from torch_to_nnef.exceptions import (
     T2NErrorDynamicShapeValue,
     T2NErrorInvalidArgument,
-    T2NErrorIoQuantity,
     T2NErrorIOPytorchTractNotISO,
+    T2NErrorIoQuantity,
     T2NErrorMissingOpEmitter,
     T2NErrorNotImplemented,
 )
@@ -81,9 +82,9 @@ extension tract_registry tract_core;
 extension tract_symbol B;
 extension tract_assert B >= 1;
 
-fragment t2n_linear(x: tensor<scalar>, filter: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)
+fragment t2n_linear(filter: tensor<scalar>, x: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)
 {
-    y = tract_core_einsum([x, filter], expr = expr, acc = "f32") + unsqueeze(bias, axes = lead);
+    y = tract_core_einsum([filter, x], expr = expr, acc = "f32") + unsqueeze(bias, axes = lead);
 }
 
 fragment tract_core_properties() -> (properties: (string, tensor<scalar>)[])
@@ -98,9 +99,9 @@ graph Sequential(features) -> (scores)
     _0_weight = variable<scalar>(label = "0.weight", shape = [64, 32]);
     _3_bias = variable<scalar>(label = "3.bias", shape = [8]);
     _3_weight = variable<scalar>(label = "3.weight", shape = [8, 64]);
-    _0_linear = t2n_linear(features, _0_weight, _0_bias, expr = "ak,nk->an", lead = [0]);
+    _0_linear = t2n_linear(_0_weight, features, _0_bias, expr = "nk,ak->an", lead = [0]);
     _1_relu = relu(_0_linear);
-    scores = t2n_linear(_1_relu, _3_weight, _3_bias, expr = "ak,nk->an", lead = [0]);
+    scores = t2n_linear(_3_weight, _1_relu, _3_bias, expr = "nk,ak->an", lead = [0]);
 }
 """
 
@@ -129,7 +130,7 @@ class Fails(nn.Module):
 @pytest.mark.parametrize("model", [mlp(), Fails()], ids=["success", "error"])
 def test_the_model_leaves_as_it_came(tmp_path, model):
     model.train()
-    list(model.parameters())[0].requires_grad_(False)
+    next(iter(model.parameters())).requires_grad_(False)
     before = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
     modes = [m.training for m in model.modules()]
     size = 4 if isinstance(model, Fails) else 32

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-import torch_to_nnef
 from torch import nn
+
+import torch_to_nnef
 from torch_to_nnef import TractModel, quantize_and_verify
 from torch_to_nnef.tensor.quant import QTensor
 

@@ -58,7 +58,6 @@ impl Kernel for Tile<'_> {
 }
 
 /// f16 bytes, at most those of a tile, to f32.
-#[inline(always)]
 pub(super) fn load_scales(bytes: &[u8], scales: &mut [f32]) {
     let mut halves = [f16::ZERO; TILE / GROUP_SIZE];
     let halves = &mut halves[..scales.len()];

@@ -29,7 +29,6 @@ impl FloatType {
     }
 
     /// The floats in `bytes`, at most [`TILE`]: in place when they are aligned f32, converted in `buffer` otherwise.
-    #[inline(always)]
     pub(super) fn load<'a>(self, bytes: &'a [u8], buffer: &'a mut [f32; TILE]) -> &'a [f32] {
         let out = &mut buffer[..bytes.len() / self.size()];
         match self {

@@ -4,6 +4,8 @@
 //! element `i + 16` in its high nibble) beside `scales` (f16). *Blocks*: 18 bytes a group, scale then codes.
 //! Arrays are raw little-endian bytes and need no alignment.
 
+#![expect(clippy::inline_always, reason = "kernels must be compiled with the instructions of their caller, see `simd`")]
+
 pub mod block;
 pub mod dequantize;
 pub mod float;

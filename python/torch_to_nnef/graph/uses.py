@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch.utils import _pytree as pytree
 
-from torch_to_nnef.graph.ir import Graph, Value
+from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.quantize.targets import Use
 
 aten = torch.ops.aten
@@ -27,6 +27,17 @@ _USES: Mapping[tuple[torch._ops.OpOverload, int], Use] = {
 _SAME = frozenset({aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default})
 
 
+def _use(node: Node, position: int) -> Use:
+    use = _USES.get((node.target, position), Use.OTHER)
+    return Use.DEPTHWISE_CONV if use is Use.CONV and _is_depthwise(node) else use
+
+
+def _is_depthwise(node: Node) -> bool:
+    """Whether every channel has its own filters: `groups` is the last argument of a convolution."""
+    groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    return groups > 1 and node.args[1].shape[1] == 1
+
+
 def weight_uses(graph: Graph) -> dict[str, frozenset[Use]]:
     """Fqn -> uses, for every tensor the graph reads; all fqns of a shared tensor have the uses of each of them."""
     origin = {name: id(graph.tensors[fqn]) for name, fqn in graph.weights.items()}
@@ -38,7 +49,7 @@ def weight_uses(graph: Graph) -> dict[str, frozenset[Use]]:
         for position, arg in enumerate((*node.args, *node.kwargs.values())):
             for leaf in pytree.tree_leaves(arg):
                 if isinstance(leaf, Value) and leaf.name in origin:
-                    uses[origin[leaf.name]].add(_USES.get((node.target, position), Use.OTHER))
+                    uses[origin[leaf.name]].add(_use(node, position))
     for value in graph.outputs:
         if value.name in origin:
             uses[origin[value.name]].add(Use.OTHER)

@@ -20,10 +20,14 @@ def _attr(statement: Statement, name: str) -> object:
 
 
 def _einsum(statement: Statement, weight: Ref) -> str | None:
-    """K, the summed axis, must be the weight's last: tract multiplies wrongly if square and crashes if not."""
-    operands = _refs(statement)
+    """K, the summed axis, must be the weight's last: tract multiplies wrongly if square and crashes if not.
+
+    And the weight must be the first operand: see `op.linear.linear`.
+    """
+    if _refs(statement)[0].id != weight.id:
+        return "the packed operand of an einsum must be its first"
     terms, _, output = str(_attr(statement, "expr")).partition("->")
-    term = terms.split(",")[[ref.id for ref in operands].index(weight.id)]
+    term = terms.split(",")[0]
     summed = [axis for axis in term if axis not in output]
     if summed != [term[-1]]:
         return f"einsum {_attr(statement, 'expr')!r} must sum over the last axis of the weight, and only over it"

@@ -65,7 +65,7 @@ class _Lowering:
         self.names = Names(scheme, [*graph.input_names, *output_names, *graph.symbols])
         self.variables: dict[int, Variable] = {}
         # Shared weights go by the first of their names, whichever torch picked.
-        self.first_fqn = {id(tensor): fqn for fqn, tensor in reversed(graph.tensors.items())}
+        self.first_fqn = {id(tensor): fqn for fqn, tensor in reversed(list(graph.tensors.items()))}
         self.env: dict[str, Ref | None] = {}
         producers = {value.name: node for node in graph.nodes for value in node.outputs}
         self.emitter = Emitter(self.names.fresh, producers, lambda fqn: isinstance(graph.tensors[fqn], QTensor))

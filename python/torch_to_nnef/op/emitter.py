@@ -158,8 +158,7 @@ class Emitter:
         return self.op(operator, *sides, dtype=result or dtype)
 
     def scalar(self, value: Scalar | Dim, dtype: torch.dtype) -> Ref | float:
-        """A number beside a tensor of `dtype`. Integers are stored: an integer literal is a dimension (TDim) to tract, and
-        so would the result be."""
+        """A number beside a tensor of `dtype`. Integers are stored: a literal, and so the result, would be a TDim to tract."""
         if not isinstance(value, (int, float)):
             return self.op(
                 "tract_core_cast", value, out=(), dtype=dtype, hint="size", to=tract_dtype(dtype, self.node.where())

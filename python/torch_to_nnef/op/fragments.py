@@ -57,8 +57,8 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "t2n_linear": (
-        "(x: tensor<scalar>, filter: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)",
-        ['y = tract_core_einsum([x, filter], expr = expr, acc = "f32") + unsqueeze(bias, axes = lead);'],
+        "(filter: tensor<scalar>, x: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)",
+        ['y = tract_core_einsum([filter, x], expr = expr, acc = "f32") + unsqueeze(bias, axes = lead);'],
     ),
     "t2n_log_sigmoid": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",

@@ -15,13 +15,18 @@ _AXES = "abcdefgh"
 
 @lowers(aten.linear.default)
 def linear(e: Emitter, input: Ref, weight: Ref, bias: Ref | None = None) -> Ref:
-    """Input (*, K) @ weight (N, K)^T + bias (N): an einsum, for any rank and for packed weights."""
+    """Input (*, K) @ weight (N, K)^T + bias (N): an einsum, for any rank and for packed weights.
+
+    The weight comes first: where tract moves a reshape of the other operand into the einsum, K becomes several axes in the order
+    of the first, and the second is transposed to it, which for packed blocks is silently wrong (tract-core 0.23.9,
+    ops/einsum/einsum_matmul.rs).
+    """
     batch = _AXES[: input.rank - 1]
-    expr = f"{batch}k,nk->{batch}n"
+    expr = f"nk,{batch}k->{batch}n"
     if bias is None:
-        return e.op("tract_core_einsum", [input, weight], out=e.out.shape, dtype=e.out.dtype, expr=expr, acc="f32")
+        return e.op("tract_core_einsum", [weight, input], out=e.out.shape, dtype=e.out.dtype, expr=expr, acc="f32")
     lead = list(range(input.rank - 1))
-    return e.op("t2n_linear", input, weight, bias, out=e.out.shape, expr=expr, lead=lead)
+    return e.op("t2n_linear", weight, input, bias, out=e.out.shape, expr=expr, lead=lead)
 
 
 @lowers(aten.addmm.default)

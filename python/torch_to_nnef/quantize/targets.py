@@ -27,6 +27,7 @@ class Use(str, Enum):
 
     LINEAR = "linear"
     CONV = "conv"
+    DEPTHWISE_CONV = "depthwise conv"
     EMBEDDING = "embedding"
     CONV_TRANSPOSE = "conv_transpose"
     OTHER = "other"
@@ -129,8 +130,18 @@ def _uses_of(places: Iterable[Place], known: Mapping[str, frozenset[Use]] | None
     """Union over the places; None where neither the graph nor a class tells. A parameter the graph lacks has no use."""
     if known is not None:
         return frozenset().union(*(known.get(place.fqn, frozenset()) for place in places))
-    by_class = [{use for c, use in _CLASS_USE if isinstance(p.module, c) and p.name == "weight"} for p in places]
+    by_class = [_class_uses(p) for p in places]
     return frozenset().union(*by_class) if all(by_class) else None
+
+
+def _class_uses(place: Place) -> set[Use]:
+    if place.name != "weight":
+        return set()
+    uses = {use for known, use in _CLASS_USE if isinstance(place.module, known)}
+    depthwise = (
+        isinstance(place.module, nn.modules.conv._ConvNd) and place.module.groups == place.module.in_channels > 1
+    )
+    return {Use.DEPTHWISE_CONV} if depthwise and Use.CONV in uses else uses
 
 
 def _use_shape_reason(shape: Sequence[int], uses: frozenset[Use]) -> str | None:
@@ -138,8 +149,6 @@ def _use_shape_reason(shape: Sequence[int], uses: frozenset[Use]) -> str | None:
         return f"rank {len(shape)}: as a linear or embedding weight Q40 must be a matrix"
     if Use.CONV in uses and len(shape) > 4:
         return f"rank {len(shape)}: tract's Q40 convolutions have one or two spatial dimensions"
-    if Use.CONV in uses and shape[1] == 1:
-        return "depthwise or single-channel convolution: tract has no Q40 kernel for it"
     return None
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from torch_to_nnef.exceptions import T2NError
 from torch_to_nnef.tract_model import TractModel
 from torch_to_nnef.verify.compare import as_array
 from torch_to_nnef.verify.resize import InputSet
-
-from torch_to_nnef.exceptions import T2NError
 
 
 def write_bundle(

@@ -41,6 +41,8 @@ pub(super) fn stored(scale: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::float_cmp, reason = "exactness is what is tested")]
+
     use half::f16;
     use proptest::prelude::*;
 

@@ -173,7 +173,7 @@ struct Offenders {
 
 impl Offenders {
     fn find(x: &[f32], start: usize, largest: f32) -> Option<Self> {
-        let mut bad = x.iter().enumerate().filter(|(_, value)| !(value.abs() <= largest));
+        let mut bad = x.iter().enumerate().filter(|(_, value)| value.is_nan() || value.abs() > largest);
         let (first, &value) = bad.next()?;
         Some(Self { first: start + first, value, count: 1 + bad.count() })
     }

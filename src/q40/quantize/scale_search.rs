@@ -39,15 +39,24 @@ impl Encode for ScaleSearch {
 
 #[inline(always)]
 fn best_scale(isa: impl Isa, x: &Group, extreme: f32) -> f32 {
-    let (xq, qq) = isa.fit(x, &POSITIONS.map(|position| position / extreme));
-    let mut best = (0.0, 0.0);
-    for (xq, qq) in xq.into_iter().zip(qq) {
-        let scale = grid::stored(xq / qq);
+    // Loops of the same few operations on whole arrays, which the compiler turns into vector code.
+    let mut inverse = POSITIONS;
+    for position in &mut inverse {
+        *position /= extreme;
+    }
+    let (xq, qq) = isa.fit(x, &inverse);
+    let mut scales = Candidates::default();
+    let mut costs = Candidates::default();
+    for c in 0..POSITIONS.len() {
+        let scale = grid::stored(xq[c] / qq[c]);
         // Squared error with the codes the scale was fitted to, less Σx²: what zeros would cost is 0.
-        let cost = scale * (scale * qq - 2.0 * xq);
-        if cost < best.0 && scale.abs() <= 65504.0 {
-            best = (cost, scale);
-        }
+        let cost = scale * (scale * qq[c] - 2.0 * xq[c]);
+        costs[c] = if scale.abs() <= 65504.0 { cost } else { 0.0 };
+        scales[c] = scale;
+    }
+    let mut best = (0.0, 0.0);
+    for (cost, scale) in costs.into_iter().zip(scales) {
+        best = if cost < best.0 { (cost, scale) } else { best };
     }
     best.1
 }

@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::float_cmp, reason = "tests; exactness is what is tested")]
 
 use proptest::prelude::*;
 
@@ -135,6 +135,18 @@ fn scales_given_must_be_finite() {
             matches!(&outcome, Err(Error::ImpossibleQuantization(text)) if text.contains("group 1")),
             "{outcome:?}"
         );
+    }
+}
+
+#[test]
+fn halves_round_away_from_zero_and_what_is_below_does_not() {
+    for (steps, rounded) in [(0.5, 1.0), (1.5, 2.0), (2.5, 3.0), (6.5, 7.0)] {
+        for (v, level) in [(steps, rounded), (-steps, -rounded), (f32::next_down(steps), rounded - 1.0)] {
+            let (x, mut codes) = ([v; 32], [0; 16]);
+            let (data, stop) = (bytemuck::cast_slice(&x), AtomicBool::new(false));
+            quantize_with_scales(data, FloatType::F32, "w", &f16::ONE.to_le_bytes(), &mut codes, &stop).unwrap();
+            assert_eq!(f32::from(codes[0] & 15), 8.0 + level, "{v}");
+        }
     }
 }
 

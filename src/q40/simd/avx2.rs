@@ -59,7 +59,8 @@ fn extreme(x: &Group) -> f32 {
     let (positive, negative) =
         (f32::from_bits(positive.cast_signed().max(0).cast_unsigned()), f32::from_bits(negative));
     if positive + negative == 0.0 {
-        return x.iter().copied().find(|value| value.abs() == positive && positive > 0.0).unwrap_or(0.0);
+        // Both signs of one magnitude, or nothing but zeros.
+        return x.iter().copied().find(|value| value.abs() >= positive && positive > 0.0).unwrap_or(0.0);
     }
     if negative.is_sign_negative() && -negative > positive { negative } else { positive }
 }
@@ -164,8 +165,8 @@ fn reduce(
 /// Codes `clamp(trunc(v), 0, 15)`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn pack(v: [__m256; 4]) -> Codes {
-    let [a, b, c, d] = v.map(|v| _mm256_cvttps_epi32(v));
+fn pack(values: [__m256; 4]) -> Codes {
+    let [a, b, c, d] = values.map(|v| _mm256_cvttps_epi32(v));
     // Narrowing works within 128-bit lanes: four bytes each of a, c, b, d in the lower, the next four in the upper.
     let bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, c), _mm256_packs_epi32(b, d));
     let bytes = _mm256_min_epu8(bytes, _mm256_set1_epi8(15));

@@ -23,7 +23,7 @@ pub fn group() -> impl Strategy<Value = Group> {
         .prop_map(|(x, power)| x.map(|v| f32::from(v) / 2.0 * 2.0_f32.powi(power)));
     let zeros = prop::array::uniform32(prop_oneof![8 => Just(0.0_f32), 8 => Just(-0.0), 1 => -1e-3_f32..1e-3]);
     let constant = (-LARGEST..=LARGEST).prop_map(|v| [v; GROUP_SIZE]);
-    let subnormal = prop::array::uniform32(0_u32..64).prop_map(|x| x.map(|v| f32::from_bits((v >> 1) | v << 31)));
+    let subnormal = prop::array::uniform32(0_u32..64).prop_map(|x| x.map(|v| f32::from_bits(v.rotate_right(1))));
     let bits = prop::array::uniform32(any::<u32>()).prop_map(|x| {
         x.map(|v| {
             let v = f32::from_bits(v);
