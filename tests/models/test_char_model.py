@@ -12,7 +12,7 @@ from torch_to_nnef import TractModel, quantize_and_verify
 
 TEXT = inspect.cleandoc(torch.nn.Module.__doc__ + torch.optim.Adam.__doc__ + torch.Tensor.view.__doc__)[:3000]
 CHARACTERS = sorted(set(TEXT))
-WIDTH = 96
+WIDTH = 64
 
 
 class Block(nn.Module):
@@ -56,8 +56,8 @@ def trained():
         nn.init.normal_(embedding.weight, std=0.05, generator=generator)
     ids = torch.tensor([CHARACTERS.index(c) for c in TEXT])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        starts = torch.randint(0, len(ids) - 65, (16,), generator=generator)
+    for _ in range(150):
+        starts = torch.randint(0, len(ids) - 65, (8,), generator=generator)
         batch = torch.stack([ids[s : s + 65] for s in starts])
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
