@@ -12,7 +12,7 @@ use _native::runtime::{Dim, Input, Model, TRACT_VERSION};
 use proptest::prelude::*;
 use tract_nnef::ast::{Assignment, RValue, Subscript};
 
-const GO_ON: AtomicBool = AtomicBool::new(false);
+static GO_ON: AtomicBool = AtomicBool::new(false);
 
 /// A tar of `graph.nnef` alone.
 fn archive(text: &str) -> Vec<u8> {
@@ -173,9 +173,8 @@ fn reserved_names_are_those_tract_applies_itself() {
     let mut applied =
         BTreeSet::from(["add", "sub", "mul", "div", "pow", "gt", "lt", "eq", "ne", "ge", "le"].map(String::from));
     for registry in &framework.registries {
-        for fragment in registry.fragments.values() {
-            fragment.body.iter().flatten().for_each(|assignment| collect(assignment, &mut applied));
-        }
+        let assignments = registry.fragments.values().flat_map(|fragment| fragment.body.iter().flatten());
+        assignments.for_each(|assignment| collect(assignment, &mut applied));
     }
     assert_eq!(preflight::RESERVED.iter().map(ToString::to_string).collect::<BTreeSet<_>>(), applied);
 }

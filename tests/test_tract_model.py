@@ -2,13 +2,11 @@
 
 import contextlib
 import copy
-import io
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 
@@ -25,7 +23,7 @@ from torch_to_nnef.exceptions import (
 )
 
 FORMS = ("folder", "tar", "tgz")
-DTYPES = "f16 f32 f64 u8 u16 u32 u64 i8 i16 i32 i64 bool".split()
+DTYPES = ["f16", "f32", "f64", "u8", "u16", "u32", "u64", "i8", "i16", "i32", "i64", "bool"]
 RNG = np.random.default_rng(0)
 
 
@@ -46,7 +44,9 @@ def write(path, text, tensors=(), form="tar", quant=None):
             writer.add_q40(label, *value)
         else:
             kind, bits = value.dtype.kind, 8 * value.dtype.itemsize
-            writer.add_tensor(label, f"{kind}{bits}", value.shape, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            writer.add_tensor(
+                label, f"{kind}{bits}", value.shape, np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            )
     writer.finish()
     return path
 
@@ -149,7 +149,10 @@ def test_packed_weights_compute_what_their_values_say(tmp_path):
     kernel, k = q40(32, 32, 3, 3)
     body = (
         "x = external<scalar>(shape = [B, 64]);\nids = external<integer>(shape = [S]);\n"
-        "image = external<scalar>(shape = [1, 32, 6, 6]);\n" + variable("w", w.shape) + variable("k", k.shape) + "a = matmul(x, w, transposeB = true);\n"
+        "image = external<scalar>(shape = [1, 32, 6, 6]);\n"
+        + variable("w", w.shape)
+        + variable("k", k.shape)
+        + "a = matmul(x, w, transposeB = true);\n"
         'b = tract_core_einsum([unsqueeze(x, axes = [0]), w], expr = "bsk,nk->bsn", acc = "f32");\n'
         'c = tract_core_gather(w, ids, axis = 0, datum_type = "f32");\n'
         "d = conv(image, k, groups = 1, padding = [(0, 0), (0, 0)], stride = [1, 1], dilation = [1, 1], "
@@ -167,7 +170,7 @@ def test_packed_weights_compute_what_their_values_say(tmp_path):
     )
     packed = (w.size + k.size) * 18 // 32
     assert packed <= model.weight_bytes < 1.05 * packed  # the three uses of w share one copy
-    with pytest.raises(T2NErrorTract, match="running the model: tract panicked"):
+    with pytest.raises(T2NErrorTract, match="running the model: .*Gather"):
         model.run(x, np.array([-1]), image)
     np.testing.assert_array_equal(model.run(x, ids, image)["c"], w[ids])
 
@@ -205,7 +208,11 @@ def test_inputs_are_bound_by_place_or_name_in_signature_order(tmp_path):
         ((np.zeros(1),), {"x": np.zeros(1)}, "both by place and by name: x"),
         ((), {"q": np.zeros(1)}, "not an input: q"),
         (([1.0], [2.0]), {}, "input 'x': a numpy array or torch tensor is expected, not list"),
-        ((np.zeros((2, 3)), np.zeros((2, 6), np.float32)), {}, 'input "x": expected f32 .* got f64 .* convert it to f32'),
+        (
+            (np.zeros((2, 3)), np.zeros((2, 6), np.float32)),
+            {},
+            'input "x": expected f32 .* got f64 .* convert it to f32',
+        ),
         ((np.zeros((2, 3), np.float32), np.zeros(6, np.float32)), {}, 'input "z": .* must have 2 axes'),
         ((np.zeros((2, 4), np.float32), np.zeros((2, 6), np.float32)), {}, r"\[B, 3\], .* axis 1 must be 3"),
         (
@@ -243,7 +250,7 @@ def test_sums_of_symbols_resolve_in_any_order(tmp_path):
     model = TractModel.load(write(tmp_path / "m.tar", graph(body, "mask, new, past", symbols="SP")))
     mask, new, past = normal(5), normal(2), normal(3)
     np.testing.assert_allclose(model.run(mask, new, past)["y"], np.concatenate([past, new]) * mask)
-    with pytest.raises(T2NErrorInvalidArgument, match='input "mask": .* axis 0 must be 6'):
+    with pytest.raises(T2NErrorInvalidArgument, match=r'input "mask": .* axis 0 must be 6'):
         model.run(mask, new, normal(4))
 
 
@@ -261,7 +268,7 @@ def test_any_assignment_can_be_an_output(tmp_path):
     assert list(out) == names
     for name, expected in zip(names, (x, h, x, h, 2 * h, h + 1), strict=True):
         np.testing.assert_array_equal(out[name], expected)
-    for outputs, message in [(["nope"], "nothing called \"nope\""), ([], "empty"), (["h", "h"], "named twice")]:
+    for outputs, message in [(["nope"], 'nothing called "nope"'), ([], "empty"), (["h", "h"], "named twice")]:
         with pytest.raises(T2NErrorInvalidArgument, match=message):
             TractModel.load(path, outputs)
 
@@ -360,16 +367,19 @@ def ctrl_c_after(seconds):
         timer.join()
 
 
+def forever(call, *args):
+    while True:
+        call(*args)
+
+
 def test_ctrl_c_is_heard_between_runs(slow):
     model, x = slow
     with pytest.raises(KeyboardInterrupt), ctrl_c_after(0.2):
-        while True:
-            model.run(x)
+        forever(model.run, x)
 
 
 def test_ctrl_c_is_heard_during_a_load(tmp_path):
     lines = "".join(f"a{i + 1} = a{i} + 1.0;\n" for i in range(3000))
     path = write(tmp_path / "m.tar", graph("a0 = external<scalar>(shape = [4]);\n" + lines, "a0", "a3000"))
     with pytest.raises(KeyboardInterrupt), ctrl_c_after(0.1):
-        while True:
-            TractModel.load(path)
+        forever(TractModel.load, path)
