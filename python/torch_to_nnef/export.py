@@ -198,7 +198,7 @@ def _properties(target: TractNNEF) -> dict[str, str]:
 def staged(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; put in place of `path` in one step if the block ends well, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".t2n-", dir=path.parent) as folder:
         beside = Path(folder) / path.name
         yield beside
         put_in_place(beside, path)

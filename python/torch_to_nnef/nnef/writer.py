@@ -14,7 +14,7 @@ from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.text import graph_text
 from torch_to_nnef.op.dtypes import tract_dtype
-from torch_to_nnef.tensor.quant import QTensor
+from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly
 
 
 def target_path(path: str | Path, compression_level: int | None) -> tuple[Path, str]:
@@ -44,7 +44,7 @@ def write_archive(document: Document, path: Path, form: str, compression_level: 
         writer.add_text("graph.nnef", graph_text(document))
         for variable in document.variables:
             if isinstance(variable.tensor, QTensor):
-                _add_packed(writer, variable.label, variable.tensor)
+                _add_packed(writer, variable.label, variable.tensor, path.parent)
             else:
                 _add_plain(writer, variable.label, variable.tensor)
         return writer.finish()
@@ -61,8 +61,15 @@ def _add_plain(writer: ArchiveWriter, label: str, tensor: torch.Tensor) -> None:
     writer.add_tensor(label, tract_dtype(tensor.dtype, label), list(tensor.shape), raw_bytes(tensor))
 
 
-def _add_packed(writer: ArchiveWriter, label: str, tensor: QTensor) -> None:
-    """A QTensor knows its own bytes: it writes its `.dat`, which is then taken into the archive."""
-    with tempfile.TemporaryDirectory() as folder:
+def _add_packed(writer: ArchiveWriter, label: str, tensor: QTensor, scratch: Path) -> None:
+    """A QTensor knows its own bytes: it writes its `.dat` in `scratch`, which is then taken into the archive.
+
+    Q40 planes as they are go straight in, without that file.
+    """
+    if type(tensor).write_in_file is QTensorTractScaleOnly.write_in_file:
+        codes, scales = tensor.planes()
+        writer.add_q40(label, list(tensor.shape), raw_bytes(codes), raw_bytes(scales))
+        return
+    with tempfile.TemporaryDirectory(prefix=".t2n-", dir=scratch) as folder:
         tensor.write_in_file(folder, label)
         writer.add_dat_file(label, Path(folder) / f"{label}.dat")

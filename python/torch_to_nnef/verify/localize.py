@@ -45,7 +45,9 @@ class Divergence:
     def __str__(self) -> str:
         at = f"module {self.candidate.module_path!r}" if self.candidate.module_path else "the root module"
         node = f"{self.candidate.nnef_name!r} ({self.candidate.node_name!r} of {at})"
-        note = "; right when the values before it are outputs too: a rewrite that tract makes over several nodes is wrong"
+        note = (
+            "; right when the values before it are outputs too: a rewrite that tract makes over several nodes is wrong"
+        )
         return f"first value that differs: {node}; {self.comparison}{note * self.alone}"
 
 

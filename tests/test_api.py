@@ -1,0 +1,246 @@
+"""`quantize_and_verify`: choices by tensor, registries, copies and in-place work, errors that change nothing."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torch_to_nnef import TractModel, quantize_and_verify
+from torch_to_nnef._native import read_dat
+from torch_to_nnef.compress import DEFAULT_COMPRESSION
+from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorImpossibleQuantization, T2NErrorInvalidArgument
+from torch_to_nnef.inference_target import TractNNEF
+from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly, quantize_q40
+
+
+class Model(nn.Module):
+    """A tied head, a functional linear, a weight that is no matrix product, and one whose rows are no whole groups."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(12, 32)
+        self.hidden = nn.Linear(32, 64)
+        self.functional = nn.Parameter(torch.randn(32, 64) / 8)
+        self.scale = nn.Parameter(torch.randn(1, 32))
+        self.odd = nn.Linear(31, 32)
+        self.head = nn.Linear(32, 12, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        x = torch.relu(self.hidden(self.embedding(ids)))
+        x = torch.nn.functional.linear(x, self.functional) * self.scale
+        return self.head(x + self.odd(x[..., 1:]))
+
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+@pytest.fixture
+def model():
+    return Model().eval()
+
+
+def run(model, path, *args, **options):
+    return quantize_and_verify(model, IDS, path, *args, dynamic_axes={"ids": {0: "B", 1: "S"}}, **options)
+
+
+def storage(report):
+    return {row.fqn: row.storage for row in report.rows}
+
+
+def snapshot(model):
+    return [
+        (name, id(p), p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)
+    ], model.training
+
+
+def assert_untouched(model, before):
+    parameters, training = before
+    now = list(model.named_parameters(remove_duplicate=False))
+    assert [(n, id(p)) for n, p in now] == [(n, i) for n, i, _ in parameters]
+    assert all(torch.equal(p, value) for (_, p), (_, _, value) in zip(now, parameters, strict=True))
+    assert model.training == training
+
+
+def test_the_use_decides_and_what_is_left_says_why(model, tmp_path):
+    report = run(model, tmp_path / "m.nnef.tgz")
+    assert report.ok
+    assert storage(report) == {
+        "embedding.weight": "q40",
+        "hidden.weight": "q40",
+        "functional": "q40",
+        "odd.weight": "f32",
+    }
+    odd = next(row for row in report.rows if row.fqn == "odd.weight")
+    assert "32" in odd.reason
+    assert "odd.weight" in str(report)
+
+
+def test_the_model_is_left_alone_and_results_are_close(model, tmp_path):
+    model.train()
+    before = snapshot(model)
+    run(model, tmp_path / "m.nnef.tar")
+    assert_untouched(model, before)
+    with torch.no_grad():
+        reference = model.eval()(IDS).numpy()
+    outputs = TractModel.load(tmp_path / "m.nnef.tar").run(ids=IDS)
+    assert (
+        torch.cosine_similarity(torch.from_numpy(outputs["output"]).flatten(), torch.from_numpy(reference).flatten(), 0)
+        > 0.95
+    )
+
+
+def test_inplace_quantizes_the_model_itself(model, tmp_path):
+    report = run(model, tmp_path / "m.nnef", inplace=True)
+    assert isinstance(model.hidden.weight, QTensor)
+    assert model.head.weight is model.embedding.weight
+    assert report.quantization[0].outputs[0].rmse > 0
+
+
+def test_no_method_exports_and_verifies_only(model, tmp_path):
+    report = run(model, tmp_path / "m.nnef", None)
+    assert report.ok
+    assert (report.rows, report.quantization, report.method) == ((), (), None)
+
+
+@pytest.mark.parametrize(
+    ("options", "quantized"),
+    [
+        ({"include": "hidden*"}, {"hidden.weight"}),
+        ({"exclude": ["embedding", re.compile("^func")]}, {"hidden.weight"}),
+        ({"exclude": lambda module, _: isinstance(module, nn.Linear)}, {"functional"}),
+        ({"method": "min_max_q4_0"}, {"hidden.weight", "functional", "embedding.weight"}),
+        ({"method": None, "overrides": {"hidden.weight": "min_max_q4_0"}}, {"hidden.weight"}),
+    ],
+)
+def test_choices_by_tensor(model, tmp_path, options, quantized):
+    report = run(model, tmp_path / "m.nnef", **options)
+    assert {row.fqn for row in report.rows if row.quantized} == quantized
+
+
+def test_an_override_uses_its_own_method(model, tmp_path):
+    report = run(model, tmp_path / "m.nnef", overrides={"hidden.weight": "min_max_q4_0_all"})
+    methods = {row.fqn: row.method for row in report.rows if row.quantized}
+    assert methods == {"embedding.weight": "q40", "functional": "q40", "hidden.weight": "min_max_q4_0_all"}
+
+
+def test_a_callable_of_ones_own_needs_only_the_registry_signature(model, tmp_path):
+    seen = {}
+
+    def mine(model, tokenizer, export_dirpath, local_dir):
+        seen.update(tokenizer=tokenizer, export_dirpath=export_dirpath, local_dir=local_dir)
+        model.hidden.weight = nn.Parameter(
+            quantize_q40(model.hidden.weight.detach(), "signed_extreme"), requires_grad=False
+        )
+
+    before = snapshot(model)
+    report = run(model, tmp_path / "m.nnef", mine)
+    assert_untouched(model, before)
+    assert seen == {"tokenizer": None, "export_dirpath": None, "local_dir": None}
+    assert report.method == "mine"
+    assert storage(report) == {"hidden.weight": "q40"}
+    assert report.rows[0].snr_db > 15
+
+
+def test_a_registry_of_ones_own_gets_calibration_and_may_return_a_model(model, tmp_path):
+    def counted(model, calibration, **_):
+        assert list(calibration) == [1, 2]
+        return DEFAULT_COMPRESSION["q40"](model)
+
+    report = run(model, tmp_path / "m.nnef", "counted", {"counted": counted}, calibration=iter([1, 2]))
+    assert "hidden.weight" in storage(report)
+
+
+def test_a_method_that_writes_into_weights_does_not_reach_the_users_model(model, tmp_path):
+    def writes(model, **_):
+        with torch.no_grad():
+            model.hidden.weight.mul_(2)
+
+    before = snapshot(model)
+    run(model, tmp_path / "m.nnef", writes)
+    assert_untouched(model, before)
+
+
+class Nan(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        with torch.no_grad():
+            self.second.weight[3, 4] = torch.nan
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_weight_that_cannot_be_quantized_changes_nothing(tmp_path, inplace):
+    model = Nan()
+    before = [id(p) for p in model.parameters()]
+    with pytest.raises(T2NErrorImpossibleQuantization, match=r"second\.weight"):
+        quantize_and_verify(model, torch.randn(2, 32), tmp_path / "m.nnef", inplace=inplace)
+    assert [id(p) for p in model.parameters()] == before
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_packed_weight_in_an_illegal_use_is_refused_and_undone(model, tmp_path, inplace):
+    def everything(model, **_):
+        model.scale = nn.Parameter(quantize_q40(model.scale.detach()), requires_grad=False)
+
+    before = snapshot(model)
+    with pytest.raises(T2NErrorConsistency, match="scale in module"):
+        run(model, tmp_path / "m.nnef", everything, inplace=inplace)
+    assert_untouched(model, before)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_existing_archive_is_replaced_only_by_force(model, tmp_path):
+    path = tmp_path / "m.nnef.tar"
+    path.write_text("precious")
+    with pytest.raises(T2NErrorInvalidArgument, match="force"):
+        run(model, path)
+    assert path.read_text() == "precious"
+    assert run(model, path, force=True).ok
+
+
+@pytest.mark.parametrize(("method", "registry"), [("q41", DEFAULT_COMPRESSION), ("q40", {})])
+def test_an_unknown_method_lists_the_known_ones(model, tmp_path, method, registry):
+    with pytest.raises(T2NErrorInvalidArgument, match=re.escape(str(sorted(registry)))):
+        run(model, tmp_path / "m.nnef", method, registry)
+
+
+def test_an_unverified_archive_is_not_ok(model, tmp_path):
+    report = run(model, tmp_path / "m.nnef", inference_target=TractNNEF.latest(check_io=False))
+    assert not report.verified
+    assert not report.ok
+
+
+def test_progress_is_told_about_every_weight(model, tmp_path):
+    calls = []
+    run(model, tmp_path / "m.nnef", progress=lambda done, total, fqn: calls.append((done, total, fqn)))
+    assert [c[:2] for c in calls] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+class Halved(QTensorTractScaleOnly):
+    """A tensor with its own file: the same codes under scales of half the size."""
+
+    def write_in_file(self, dirpath, label, inference_target=None):
+        quantize_q40(self.decompress() / 2, "signed_extreme").write_in_file(dirpath, label, inference_target)
+
+
+def test_a_qtensor_subclass_writes_its_own_bytes(tmp_path):
+    layer = nn.Linear(32, 4, bias=False)
+    plain = quantize_q40(layer.weight.detach(), "signed_extreme")
+    packed = Halved(layer.weight.detach(), plain.qscheme)
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    target = TractNNEF.latest(check_io=False)
+    report = quantize_and_verify(layer, torch.randn(2, 32), tmp_path / "m.nnef", None, inference_target=target)
+    dtype, shape, blocks = read_dat(Path(report.archive_path) / "weight.dat")
+    assert (dtype, shape) == ("q40", [4, 32])
+    scales = blocks.reshape(4, 18)[:, :2].copy().view(np.float16).ravel()
+    expected = plain.qscheme.scale.numpy().ravel() / 2
+    assert np.allclose(np.abs(scales), np.abs(expected), rtol=2e-3)
