@@ -170,7 +170,7 @@ def test_packed_weights_compute_what_their_values_say(tmp_path):
     )
     packed = (w.size + k.size) * 18 // 32
     assert packed <= model.weight_bytes < 1.05 * packed  # the three uses of w share one copy
-    with pytest.raises(T2NErrorTract, match="running the model: .*Gather"):
+    with pytest.raises(T2NErrorTract, match=r"running the model: .*Gather"):
         model.run(x, np.array([-1]), image)
     np.testing.assert_array_equal(model.run(x, ids, image)["c"], w[ids])
 
@@ -322,7 +322,7 @@ def slow(tmp_path_factory):
         f"x{i + 1} = matmul({f'x{i}' if i else 'x'}, x) * 0.001;\n" for i in range(12)
     )
     path = tmp_path_factory.mktemp("slow") / "m.tar"
-    return TractModel.load(write(path, graph(body, outputs="x12", symbols="N"))), normal(512, 512)
+    return TractModel.load(write(path, graph(body, outputs="x12", symbols="N"))), normal(1024, 1024)
 
 
 def test_threads_share_a_model(slow):

@@ -76,7 +76,7 @@ def archive_read(path: str | PathLike[str], name: str, max_bytes: int) -> bytes:
     """One entry; `T2NErrorInconsistentTensor` if it is larger than `max_bytes`."""
 
 def preflight(path: str | PathLike[str]) -> None:
-    """Refuse (`T2NErrorTract`) an archive that could crash tract: nesting, fragment cycles, declared sizes, entry names."""
+    """Refuse an archive that could crash tract: nesting, fragment cycles (`T2NErrorTract`), sizes, entry names (`T2NErrorInconsistentTensor`)."""
 
 @final
 class Model:
