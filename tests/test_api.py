@@ -244,3 +244,13 @@ def test_a_qtensor_subclass_writes_its_own_bytes(tmp_path):
     scales = blocks.reshape(4, 18)[:, :2].copy().view(np.float16).ravel()
     expected = plain.qscheme.scale.numpy().ravel() / 2
     assert np.allclose(np.abs(scales), np.abs(expected), rtol=2e-3)
+
+
+def test_a_half_precision_model_in_q40(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32)).half()
+    report = quantize_and_verify(
+        model, torch.randn(3, 64).half(), tmp_path / "m.nnef", dynamic_axes={"input": {0: "B"}}
+    )
+    assert report.ok
+    assert set(storage(report).values()) == {"q40"}

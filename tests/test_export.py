@@ -169,6 +169,8 @@ def test_a_failed_export_leaves_the_old_archive(tmp_path):
         ({"output_names": []}, T2NErrorIoQuantity),
         ({"input_names": ["a.b"]}, T2NErrorInvalidArgument),
         ({"input_names": ["graph"]}, T2NErrorInvalidArgument),
+        ({"input_names": ["info"]}, T2NErrorInvalidArgument),
+        ({"output_names": ["true_scores"]}, T2NErrorInvalidArgument),
         ({"input_names": ["same"], "output_names": ["same"]}, T2NErrorInvalidArgument),
         ({"nnef_variable_naming_scheme": "pretty"}, T2NErrorInvalidArgument),
         ({"axes": {"nobody": {0: "B"}}}, T2NErrorDynamicShapeValue),
@@ -285,3 +287,36 @@ def test_an_archive_property_says_the_tract_version_and_what_the_user_adds(tmp_p
     path = export_model_to_nnef(mlp(), torch.randn(2, 32), tmp_path / "m.nnef", target)
     properties = TractModel.load(path).properties
     assert (properties["tract_target_version"], properties["owner"]) == ("0.23.9", 'a "quoted" name')
+
+
+class Misread(nn.Module):
+    """Module names that tract would take for literals."""
+
+    def __init__(self):
+        super().__init__()
+        self.inflow, self.true_mask, self.falsework = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.falsework(self.true_mask(self.inflow(x)))
+
+
+@pytest.mark.parametrize("scheme", ["natural_verbose", "natural_verbose_camel"])
+def test_module_names_that_start_like_a_literal(tmp_path, scheme):
+    export(Misread(), torch.randn(2, 4), tmp_path / "m.nnef", nnef_variable_naming_scheme=scheme)
+
+
+def encoder(dtype):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 4), nn.Softmax(-1)).to(dtype)
+
+
+def test_half_precision(tmp_path):
+    path = export(encoder(torch.float16), torch.randn(2, 32).half(), tmp_path / "m.nnef", {"input": {0: "B"}})
+    assert TractModel.load(path).outputs[0].dtype == "float16"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes_that_tract_does_not_compute_in_are_refused(tmp_path, dtype):
+    with pytest.raises(T2NErrorNotImplemented, match=r"model\.float\(\)"):
+        export(encoder(dtype), torch.randn(2, 32).to(dtype), tmp_path / "m.nnef")
+    assert not any(tmp_path.iterdir())

@@ -20,6 +20,8 @@ from torch_to_nnef.exceptions import (
 Args = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor
 DynamicAxes = Mapping[str, Mapping[int, str]]
 
+# tract 0.23.9 reads a literal at the start of such an identifier (`inflow`, `true_mask`), and fails on the rest.
+MISREAD = re.compile("true|false|inf")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Words of the NNEF grammar (spec 1.0.5, section 2) that cannot name a tensor.
 _RESERVED = frozenset(
@@ -124,6 +126,10 @@ def check_names(names: Sequence[str], kind: str) -> None:
         if not _IDENTIFIER.fullmatch(name) or name in _RESERVED:
             raise T2NErrorInvalidArgument(
                 f"{kind} name {name!r} is not an NNEF identifier (letters, digits, _; no keyword)"
+            )
+        if MISREAD.match(name):
+            raise T2NErrorInvalidArgument(
+                f"{kind} name {name!r}: tract cannot read names that start with true, false or inf; choose another ({kind}_names=)"
             )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from enum import Enum
 
+from torch_to_nnef.graph.inputs import MISREAD
 from torch_to_nnef.graph.ir import Node
 
 
@@ -37,7 +38,7 @@ class Names:
     def unique(self, text: str) -> str:
         """`text` as an identifier, numbered if taken."""
         base = re.sub(r"_{2,}", "_", re.sub(r"\W+", "_", text, flags=re.ASCII)).strip("_") or "value"
-        base = f"_{base}" if base[0].isdigit() else base
+        base = f"_{base}" if base[0].isdigit() or MISREAD.match(base) else base
         name = base
         while name in self._taken:
             self._next[base] = self._next.get(base, 0) + 1

@@ -23,10 +23,11 @@ def linear(e: Emitter, input: Ref, weight: Ref, bias: Ref | None = None) -> Ref:
     """
     batch = _AXES[: input.rank - 1]
     expr = f"nk,{batch}k->{batch}n"
-    if bias is None:
-        return e.op("tract_core_einsum", [weight, input], out=e.out.shape, dtype=e.out.dtype, expr=expr, acc="f32")
-    lead = list(range(input.rank - 1))
-    return e.op("t2n_linear", weight, input, bias, out=e.out.shape, expr=expr, lead=lead)
+    if bias is not None and e.out.dtype is torch.float32:
+        lead = list(range(input.rank - 1))
+        return e.op("t2n_linear", weight, input, bias, out=e.out.shape, expr=expr, lead=lead)
+    result = e.product([weight, input], expr)
+    return result if bias is None else e.binary("add", result, bias, result.dtype)
 
 
 @lowers(aten.addmm.default)
@@ -72,4 +73,4 @@ def einsum(e: Emitter, equation: str, tensors: list[Ref]) -> Ref:
         output = "".join(sorted(c for c in set(inputs) if inputs.count(c) == 1 and c != ","))
     if any(len(set(term)) != len(term) for term in inputs.split(",")):
         raise e.refuse("einsum over a diagonal (a repeated axis in one term); use torch.diagonal")
-    return e.op("tract_core_einsum", tensors, out=e.out.shape, dtype=e.out.dtype, expr=f"{inputs}->{output}", acc="f32")
+    return e.product(tensors, f"{inputs}->{output}")
