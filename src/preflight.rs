@@ -13,6 +13,8 @@ use crate::archive::{self, Member};
 use crate::dat::{HEADER_LEN, Header};
 use crate::error::{Error, Result};
 
+pub use graph::RESERVED;
+
 /// Stands for the path of an archive that has none.
 pub const IN_MEMORY: &str = "archive in memory";
 /// Bytes of graph.nnef, and of graph.quant.

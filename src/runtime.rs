@@ -1,10 +1,13 @@
-//! tract in this process: load an archive, optimize it, run it. The only file that names tract.
+//! tract in this process: load an archive, optimize it, run it. With its submodules, the only file that names tract.
 //!
 //! A panic inside tract becomes [`Error::Tract`] here, since where it happened is what the caller can act on. What
 //! cannot be caught (stack overflow, abort) is refused beforehand by [`preflight`].
 
+mod inputs;
+mod weights;
+
 use std::any::Any;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt::{self, Display};
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,19 +16,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use tract_core::model::TRACT_NAME;
-use tract_core::ops::konst::Const;
-use tract_core::ops::scan::OptScan;
-use tract_linalg::block_quant::BlockQuantStorage;
-use tract_linalg::mmm::PackedMatrixStorage;
 use tract_nnef::ast::{LValue, ProtoModel};
 use tract_nnef::internal::{
-    DatumType, DimLike, Framework, Identifier, IntoRunnable, IntoTValue, Nnef, OutletId, ShapeFact, Symbol,
-    SymbolValues, TDim, TValue, TVec, Tensor, TensorStorage, TractErrorContext, TractResult, TypedFact, TypedModel,
-    TypedSimplePlan, ensure,
+    DatumType, DimLike, Framework, Identifier, IntoRunnable, IntoTValue, Nnef, OutletId, SymbolValues, TDim, TValue,
+    TVec, Tensor, TractErrorContext, TractResult, TypedFact, TypedModel, TypedSimplePlan, ensure,
 };
 
 use crate::error::{Error, Result};
 use crate::preflight;
+use weights::Weights;
 
 /// Version of the linked tract crates.
 pub const TRACT_VERSION: &str = "0.23.9";
@@ -118,9 +117,9 @@ pub struct Array {
 }
 
 impl Array {
-    fn new(value: TValue) -> TractResult<Self> {
-        let value =
-            if value.datum_type().is_tdim() { value.cast_to::<i64>()?.into_owned().into_tvalue() } else { value };
+    /// `symbols`: their sizes in the run that made `value`.
+    fn new(value: TValue, symbols: &SymbolValues) -> TractResult<Self> {
+        let value = if value.datum_type().is_tdim() { evaluate(&value, symbols)?.into_tvalue() } else { value };
         let dtype = type_name(value.datum_type());
         ensure!(value.is_plain_ram(), "{value:?} is not plain numbers: a packed weight cannot be an output");
         let dtype = dtype.with_context(|| format!("{:?} has no counterpart outside tract", value.datum_type()))?;
@@ -201,7 +200,7 @@ impl Model {
         let inputs =
             model.inputs.iter().map(|i| fact(model.node(i.node).name.clone(), i)).collect::<TractResult<_>>()?;
         let outputs = results.into_iter().zip(&model.outputs).map(|(n, o)| fact(n, o)).collect::<TractResult<_>>()?;
-        let weight_bytes = weight_bytes(model, &mut HashSet::new());
+        let weight_bytes = Weights::of(model);
         Ok(Self { plan, inputs, outputs, properties, weight_bytes })
     }
 
@@ -227,105 +226,18 @@ impl Model {
 
     /// One run, without state from earlier ones.
     pub fn run(&self, inputs: &[Input<'_>]) -> Result<Vec<Array>> {
-        self.check(inputs)?;
+        let symbols = inputs::check(self.plan.model(), &self.inputs, inputs)?;
         guarded(&"running the model", &AtomicBool::new(false), || {
             let facts = self.plan.model().inputs.iter().map(|&i| self.plan.model().outlet_fact(i));
             let tensor = |(input, fact): (&Input<'_>, TractResult<&TypedFact>)| {
-                // SAFETY: `check` admitted only types of TYPES, for which any bytes are a value (bool: checked there);
+                // SAFETY: `inputs::check` admitted only types of TYPES, for which any bytes are a value (bool: checked there);
                 // tract checks their number.
                 Ok(unsafe { Tensor::from_raw_dt(fact?.datum_type, input.shape, input.bytes) }?.into_tvalue())
             };
             let tensors = inputs.iter().zip(facts).map(tensor).collect::<TractResult<TVec<_>>>()?;
-            self.plan.run(tensors)?.into_iter().map(Array::new).collect()
+            self.plan.run(tensors)?.into_iter().map(|value| Array::new(value, &symbols)).collect()
         })
     }
-
-    /// [`Error::InvalidArgument`] unless the inputs are what the model takes, symbols having one size each.
-    fn check(&self, inputs: &[Input<'_>]) -> Result<()> {
-        if inputs.len() != self.inputs.len() {
-            let names: Vec<_> = self.inputs.iter().map(|i| i.name.as_str()).collect();
-            let (expected, got) = (names.len(), inputs.len());
-            return invalid(format!("the model takes {expected} inputs ({}), got {got}", names.join(", ")));
-        }
-        let mut sizes = Sizes::default();
-        let facts: Vec<_> = self.inputs.iter().zip(&self.plan.model().inputs).zip(inputs).collect();
-        for ((fact, outlet), input) in &facts {
-            check_type(fact, input)?;
-            let dims = &self.plan.model().outlet_fact(**outlet).map_err(|e| Error::Tract(format!("{e:#}")))?.shape;
-            sizes.bind(fact, dims, input)?;
-        }
-        // Once every symbol that stands alone is known.
-        for ((fact, outlet), input) in &facts {
-            let dims = &self.plan.model().outlet_fact(**outlet).map_err(|e| Error::Tract(format!("{e:#}")))?.shape;
-            sizes.check(fact, dims, input)?;
-        }
-        Ok(())
-    }
-}
-
-/// Sizes of the symbols in one run, and who gave them.
-#[derive(Default)]
-struct Sizes<'a> {
-    values: SymbolValues,
-    origin: HashMap<Symbol, (&'a str, usize)>,
-}
-
-impl<'a> Sizes<'a> {
-    fn bind(&mut self, fact: &'a Fact, dims: &ShapeFact, input: &Input<'_>) -> Result<()> {
-        for (axis, (dim, &size)) in dims.iter().zip(input.shape).enumerate() {
-            let TDim::Sym(symbol) = dim else { continue };
-            let Some(known) = self.values.get(symbol) else {
-                self.values.set(symbol, size as i64);
-                self.origin.insert(symbol.clone(), (&fact.name, axis));
-                continue;
-            };
-            if known != size as i64 {
-                let (first, first_axis) = self.origin.get(symbol).copied().unwrap_or_default();
-                let name = &fact.name;
-                return invalid(format!(
-                    "input {name:?}: {symbol} is {size} on axis {axis}, but {known} on axis {first_axis} of {first:?}"
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn check(&self, fact: &Fact, dims: &ShapeFact, input: &Input<'_>) -> Result<()> {
-        for (axis, (dim, &size)) in dims.iter().zip(input.shape).enumerate() {
-            if let Some(expected) = dim.eval(&self.values).as_i64()
-                && expected != size as i64
-            {
-                let (dim, mismatch) = (&fact.shape[axis], mismatch(fact, input));
-                let because =
-                    if matches!(dim, Dim::Fixed(_)) { String::new() } else { format!(" with {dim} = {expected}") };
-                return invalid(format!("{mismatch}; axis {axis} must be {expected}{because}"));
-            }
-        }
-        Ok(())
-    }
-}
-
-fn check_type(fact: &Fact, input: &Input<'_>) -> Result<()> {
-    if !TYPES.iter().any(|&(_, name)| name == fact.dtype) {
-        return invalid(format!("input {:?}: its type {} cannot be given from outside tract", fact.name, fact.dtype));
-    }
-    if input.dtype != fact.dtype {
-        let hint = if matches!(input.dtype, "bf16" | "bfloat16") { "; tract has no bf16" } else { "" };
-        return invalid(format!("{}; convert it to {}{hint}", mismatch(fact, input), fact.dtype));
-    }
-    if input.shape.len() != fact.shape.len() {
-        return invalid(format!("{}; it must have {} axes", mismatch(fact, input), fact.shape.len()));
-    }
-    if fact.dtype == "bool" && input.bytes.iter().any(|&b| b > 1) {
-        return invalid(format!("input {:?}: a boolean is neither 0 nor 1", fact.name));
-    }
-    Ok(())
-}
-
-fn mismatch(fact: &Fact, input: &Input<'_>) -> String {
-    let expected: Vec<_> = fact.shape.iter().map(ToString::to_string).collect();
-    let (name, dtype, expected) = (&fact.name, &fact.dtype, expected.join(", "));
-    format!("input {name:?}: expected {dtype} of shape [{expected}], got {} of shape {:?}", input.dtype, input.shape)
 }
 
 fn invalid<T>(why: String) -> Result<T> {
@@ -354,6 +266,12 @@ fn guarded<T>(at: &dyn Display, stop: &AtomicBool, work: impl FnOnce() -> TractR
         Err(panic) => format!("tract panicked: {}", panic_text(&*panic)),
     };
     Err(Error::Tract(format!("{at}: {}", why.get(..why.floor_char_boundary(MAX_ERROR_LEN)).unwrap_or_default())))
+}
+
+/// Symbolic dimensions as i64; tract leaves those that it folded into constants as expressions.
+fn evaluate(dims: &Tensor, symbols: &SymbolValues) -> TractResult<Tensor> {
+    let sizes = dims.try_as_plain_ram()?.as_slice::<TDim>()?.iter().map(|dim| Ok(dim.eval(symbols).to_i64()?));
+    Tensor::from_shape(dims.shape(), &sizes.collect::<TractResult<Vec<i64>>>()?)
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> &str {
@@ -406,37 +324,11 @@ fn properties(model: &TypedModel) -> TractResult<Vec<(String, Property)>> {
             let property = if value.datum_type() == DatumType::String {
                 Property::Text(value.try_as_plain_ram()?.as_slice::<String>()?.to_vec())
             } else {
-                Property::Tensor(Array::new(value.clone().into_tvalue())?)
+                Property::Tensor(Array::new(value.clone().into_tvalue(), &SymbolValues::default())?)
             };
             Ok((name.clone(), property))
         })
         .collect::<TractResult<Vec<_>>>()?;
     found.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(found)
-}
-
-fn weight_bytes(model: &TypedModel, seen: &mut HashSet<*const Tensor>) -> usize {
-    let mut total = 0;
-    for node in model.nodes() {
-        if let Some(constant) = node.op_as::<Const>()
-            && seen.insert(Arc::as_ptr(constant.val()))
-        {
-            total += held_bytes(constant.val());
-        } else if let Some(scan) = node.op_as::<OptScan>() {
-            total += weight_bytes(scan.plan.model(), seen);
-        }
-    }
-    total
-}
-
-fn held_bytes(tensor: &Tensor) -> usize {
-    if let Some(blocks) = tensor.storage_as::<BlockQuantStorage>() {
-        blocks.value().len()
-    } else if let Some(packed) = tensor.storage_as::<PackedMatrixStorage>() {
-        packed.byte_len()
-    } else if tensor.is_plain_ram() {
-        tensor.as_bytes().len()
-    } else {
-        0
-    }
 }

@@ -116,7 +116,7 @@ def _as_array(name: str, value: object) -> NDArray[Any]:
                 f"input {name!r}: tract has no {value.dtype}; convert it first, e.g. with .float()"
             )
         value = value.detach().cpu().numpy()
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, (np.ndarray, np.generic)):
         kind = type(value).__name__
         raise T2NErrorInvalidArgument(f"input {name!r}: a numpy array or torch tensor is expected, not {kind}")
     # Not ascontiguousarray, which makes an array of rank 0 one of rank 1.

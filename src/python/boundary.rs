@@ -24,6 +24,7 @@ thread_local! {
 
 /// Runs `work` on a worker thread, polling Python's signals meanwhile. `work` gets a flag that turns true on Ctrl-C;
 /// it should look at it at least every 100 ms, clean up and return [`Error::Interrupted`].
+#[expect(clippy::redundant_closure_for_method_calls, reason = "the bare method is not general over lifetimes")]
 pub fn native<T: Send>(py: Python<'_>, work: impl FnOnce(&AtomicBool) -> Result<T> + Send) -> PyResult<T> {
     let stop = AtomicBool::new(false);
     let (outcome, signal) = py.detach(|| {

@@ -12,7 +12,7 @@ from torch_to_nnef import TractModel, quantize_and_verify
 
 TEXT = inspect.cleandoc(torch.nn.Module.__doc__ + torch.optim.Adam.__doc__ + torch.Tensor.view.__doc__)[:3000]
 CHARACTERS = sorted(set(TEXT))
-WIDTH = 96
+WIDTH = 64
 
 
 class Block(nn.Module):
@@ -52,11 +52,12 @@ def trained():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CharModel()
-    nn.init.normal_(model.embedding.weight, std=0.05, generator=generator)
+    for embedding in (model.embedding, model.position):
+        nn.init.normal_(embedding.weight, std=0.05, generator=generator)
     ids = torch.tensor([CHARACTERS.index(c) for c in TEXT])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(200):
-        starts = torch.randint(0, len(ids) - 65, (16,), generator=generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        starts = torch.randint(0, len(ids) - 65, (8,), generator=generator)
         batch = torch.stack([ids[s : s + 65] for s in starts])
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
@@ -84,5 +85,5 @@ def test_char_model_in_q40(trained, tmp_path):
         reference = model(window)
     logits = torch.from_numpy(TractModel.load(path).run(window)["output"])
     assert F.cosine_similarity(reference.flatten(0, 1), logits.flatten(0, 1)).mean() >= 0.96
-    assert loss_of(reference, window) < 1.5 < loss_of(torch.zeros_like(reference), window)
+    assert loss_of(reference, window) < 2.5 < loss_of(torch.zeros_like(reference), window)
     assert loss_of(logits, window) < loss_of(reference, window) + 0.5

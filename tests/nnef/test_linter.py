@@ -36,6 +36,7 @@ ILLEGAL = [
     ("matmul", (W, X), {"transposeA": True}),
     ("linear", (W, X), {}),
     ("conv", (W, X), {}),
+    ("conv", (X, Ref("w", (64, 1, 64), torch.float32, "w")), {"groups": 64}),
     ("deconv", (X, W), {}),
     ("tract_core_gather", (W, X), {"axis": 0}),
     ("tract_core_gather", (W, X), {"axis": 1, "datum_type": "f32"}),

@@ -36,7 +36,7 @@ def test_default_classes_with_reasons():
         "body.0.weight": None,
         "body.1.weight": None,
         "conv.weight": None,
-        "depthwise.weight": "depthwise or single-channel convolution: tract has no Q40 kernel for it",
+        "depthwise.weight": "used by depthwise conv: tract computes with Q40 only in linear, conv and embedding",
         "attention.out_proj.weight": None,
     }
 
@@ -124,7 +124,7 @@ def test_filters_that_cannot_work_are_errors():
         (torch.ones(4, 32, 3), None, None),
         (torch.ones(4, 32, 3), {Use.LINEAR}, "matrix"),
         (torch.ones(4, 32, 1, 1, 1), {Use.CONV}, "spatial"),
-        (torch.ones(4, 1, 32), {Use.CONV}, "depthwise"),
+        (torch.ones(4, 1, 32), {Use.DEPTHWISE_CONV}, "depthwise"),
         (torch.ones(4, 32), {Use.LINEAR, Use.OTHER}, "used by other"),
         (torch.ones(4, 32), set(), "does not use"),
         (torch.ones(4, 32, dtype=torch.int8), None, "int8"),

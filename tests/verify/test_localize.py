@@ -4,6 +4,7 @@ import torch
 from torch_to_nnef import _native
 from torch_to_nnef.exceptions import T2NErrorTract
 from torch_to_nnef.inference_target import TractCheckTolerance
+from torch_to_nnef.tensor.quant import quantize_q40
 from torch_to_nnef.verify import Candidate, first_divergence
 
 APPROXIMATE = TractCheckTolerance.APPROXIMATE
@@ -71,8 +72,8 @@ def test_the_module_is_named(archive):
 def test_values_are_asked_for_in_bounded_chunks_until_the_first_difference(archive):
     loads = Loads()
     _, asked = search(archive, VALUES, chunk_size=2, load=loads)
-    assert asked == [["mul", "relu"], ["permute", "unsqueeze"], ["add"]]
-    assert loads.names == [["doubled", "positive"], ["turned", "shift"], ["y"]]
+    assert asked == [["mul", "relu"], ["permute", "unsqueeze"], ["add"], ["add"]]  # the last one alone, at the end
+    assert loads.names == [["doubled", "positive"], ["turned", "shift"], ["y"], ["y"]]
     _, asked = search(archive, VALUES | {"mul": VALUES["mul"] + 1}, chunk_size=2)
     assert asked == [["mul", "relu"]]
 
@@ -102,3 +103,35 @@ def test_a_model_that_never_runs_ends_the_search():
         raise T2NErrorTract("cannot load")
 
     assert search("nowhere", VALUES, load=load)[0] is None
+
+
+def test_a_wrong_rewrite_over_several_nodes_is_found_by_halving(tmp_path):
+    """tract 0.23.9 moves the reshape into the einsum, and reads a packed second operand as if it were transposed."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 64, 4, 1, generator=generator), quantize_q40(torch.randn(40, 256, generator=generator))
+    path = tmp_path / "wrong.nnef"
+    path.mkdir()
+    (path / "graph.nnef").write_text(
+        """version 1.0;
+extension tract_registry tract_core;
+graph wrong(x) -> (y)
+{
+    x = external<scalar>(shape = [2, 64, 4, 1]);
+    w = variable<scalar>(label = "w", shape = [40, 256]);
+    t = transpose(x, axes = [0, 2, 1, 3]);
+    r = reshape(t, shape = [2, 256]);
+    e = tract_core_einsum([r, w], expr = "ak,nk->an", acc = "f32");
+    y = relu(e);
+}
+"""
+    )
+    weight.write_in_file(path, "w")
+    values = {"t": x.transpose(1, 2)}
+    values["r"] = values["t"].reshape(2, 256)
+    values["e"] = values["r"] @ weight.decompress().T
+    values["y"] = values["e"].relu()
+    candidates = [Candidate(name, "head", name) for name in values]
+    found = first_divergence(path, candidates, lambda names: {n: values[n] for n in names}, [x], APPROXIMATE)
+    assert found is not None
+    assert (found.candidate.nnef_name, found.alone) == ("e", True)
+    assert "rewrite" in str(found)

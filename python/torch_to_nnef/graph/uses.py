@@ -35,7 +35,8 @@ def _use(node: Node, position: int) -> Use:
 def _is_depthwise(node: Node) -> bool:
     """Whether every channel has its own filters: `groups` is the last argument of a convolution."""
     groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
-    return groups > 1 and node.args[1].shape[1] == 1
+    weight: Value = node.args[1]
+    return bool(groups > 1 and weight.shape[1] == 1)
 
 
 def weight_uses(graph: Graph) -> dict[str, frozenset[Use]]:

@@ -46,6 +46,13 @@ def _second(statement: Statement, weight: Ref) -> str | None:
     return None if statement.args[1].id == weight.id else "the packed tensor must be the filter"
 
 
+def _conv(statement: Statement, weight: Ref) -> str | None:
+    groups = _attr(statement, "groups")
+    if isinstance(groups, int) and groups > 1 and weight.shape[1] == 1:
+        return "a depthwise convolution has no kernel for packed weights"
+    return _second(statement, weight)
+
+
 def _gather(statement: Statement, weight: Ref) -> str | None:
     if statement.args[0].id != weight.id or _attr(statement, "axis") != 0 or _attr(statement, "datum_type") is None:
         return "gather of packed rows needs axis = 0 and a datum_type"
@@ -57,7 +64,7 @@ RULES: Mapping[str, Rule] = {
     "t2n_linear": _einsum,
     "matmul": _matmul,
     "linear": _second,
-    "conv": _second,
+    "conv": _conv,
     "tract_core_gather": _gather,
 }
 

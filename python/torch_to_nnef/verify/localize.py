@@ -33,15 +33,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first candidate that differs, and by how much."""
+    """The first candidate that differs, and by how much.
+
+    alone: it differs only when the values before it are not asked for too, which keeps tract from merging them into it.
+    """
 
     candidate: Candidate
     comparison: OutputComparison
+    alone: bool = False
 
     def __str__(self) -> str:
         at = f"module {self.candidate.module_path!r}" if self.candidate.module_path else "the root module"
         node = f"{self.candidate.nnef_name!r} ({self.candidate.node_name!r} of {at})"
-        return f"first value that differs: {node}; {self.comparison}"
+        note = "; right when the values before it are outputs too: a rewrite that tract makes over several nodes is wrong"
+        return f"first value that differs: {node}; {self.comparison}{note * self.alone}"
 
 
 def first_divergence(
@@ -57,6 +62,7 @@ def first_divergence(
 
     `torch_values` gives the values of torch graph nodes by name for these `inputs`; it may leave some out. Values that
     tract holds in another layout or dtype are skipped, and so are names that tract cannot output.
+    If all agree so, the last value that differs when tract computes it alone is searched for by halving.
     None: every value that could be compared agrees.
     """
     arrays = [np.ascontiguousarray(as_array(tensor)) for tensor in inputs]
@@ -71,7 +77,32 @@ def first_divergence(
             comparison = compare(expected[candidate.node_name], actual[name], tolerance, name=name)
             if not comparison.ok and comparison.reason is None:
                 return Divergence(candidate, comparison)
-    return None
+    return _alone(path, candidates, torch_values, arrays, tolerance, load)
+
+
+def _alone(
+    path: str | PathLike[str],
+    candidates: Sequence[Candidate],
+    torch_values: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
+    inputs: Sequence[NDArray[Any]],
+    tolerance: TractCheckTolerance,
+    load: Callable[[str | PathLike[str], Sequence[str]], RunnableModel],
+) -> Divergence | None:
+    def differs(candidate: Candidate) -> Divergence | None:
+        expected = torch_values([candidate.node_name]).get(candidate.node_name)
+        actual = _tract_values(path, [candidate.nnef_name], inputs, load)
+        if expected is None or not actual:
+            return None
+        comparison = compare(expected, actual[candidate.nnef_name], tolerance, name=candidate.nnef_name)
+        return None if comparison.ok or comparison.reason else Divergence(candidate, comparison, alone=True)
+
+    found = differs(candidates[-1]) if candidates else None
+    right, wrong = -1, len(candidates) - 1
+    while found and wrong - right > 1:
+        middle = (right + wrong) // 2
+        earlier = differs(candidates[middle])
+        found, right, wrong = (earlier, right, middle) if earlier else (found, middle, wrong)
+    return found
 
 
 def _tract_values(
