@@ -11,6 +11,8 @@ _LAZY = {
     "TractModel": "torch_to_nnef.tract_model",
     "TractNNEF": "torch_to_nnef.inference_target",
     "export_model_to_nnef": "torch_to_nnef.export",
+    "export_tensors_from_disk_to_nnef": "torch_to_nnef.export_tensors",
+    "export_tensors_to_nnef": "torch_to_nnef.export_tensors",
     "quantize_and_verify": "torch_to_nnef.api",
 }
 

@@ -45,6 +45,9 @@ def write_dat(path: str | PathLike[str], dtype: str, shape: Sequence[int], data:
 def write_dat_q40(path: str | PathLike[str], shape: Sequence[int], codes: Bytes, scales: Bytes) -> None:
     """Write one Q40 `.dat` (item type 0x3040) atomically."""
 
+def check_dats(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> None:
+    """Refuse tensors `(label, dtype, shape)` that cannot be `.dat` files in one folder: names that leave it or collide, dtypes, sizes."""
+
 @final
 class ArchiveWriter:
     """Writes beside `path`, and replaces it in one rename at `finish`. Entries keep the order they are added in."""

@@ -7,4 +7,4 @@ mod writer;
 
 pub use label::dat_name;
 pub use reader::{Member, entries, read, visit, visit_bytes};
-pub use writer::{ArchiveWriter, Form};
+pub use writer::{ArchiveWriter, Form, check_dats};

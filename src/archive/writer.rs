@@ -10,7 +10,7 @@ use flate2::write::GzEncoder;
 use flate2::{Compression, GzBuilder};
 
 use super::label::{Names, check_name, dat_name};
-use crate::dat::{self, COPY_LEN, Exactly, Header};
+use crate::dat::{self, COPY_LEN, DatType, Exactly, Header};
 use crate::error::{Error, Result};
 use crate::fsio::{AtomicFile, AtomicFolder, sync_folder};
 
@@ -106,6 +106,18 @@ impl ArchiveWriter {
         }
         Ok(())
     }
+}
+
+/// Refuses tensors, each a label, the name of its type and its shape, that cannot be `.dat` files in one folder.
+pub fn check_dats(tensors: &[(String, String, Vec<usize>)]) -> Result<()> {
+    let mut names = Names::default();
+    for (label, dtype, shape) in tensors {
+        names.claim(&dat_name(label)?)?;
+        DatType::from_name(dtype)
+            .and_then(|dtype| Header::new(dtype, shape))
+            .map_err(|e| Error::InvalidArgument(format!("tensor {label:?}: {e}")))?;
+    }
+    Ok(())
 }
 
 fn closed(target: &Path) -> Error {

@@ -44,6 +44,11 @@ pub fn write_dat_q40(
 }
 
 #[pyfunction]
+pub fn check_dats(py: Python<'_>, tensors: Vec<(String, String, Vec<usize>)>) -> PyResult<()> {
+    native_short(py, || archive::check_dats(&tensors))
+}
+
+#[pyfunction]
 pub fn archive_entries(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, u64)>> {
     native(py, |stop| archive::entries(&path, stop))
 }

@@ -18,6 +18,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(archive::read_dat, m)?)?;
     m.add_function(wrap_pyfunction!(archive::write_dat, m)?)?;
     m.add_function(wrap_pyfunction!(archive::write_dat_q40, m)?)?;
+    m.add_function(wrap_pyfunction!(archive::check_dats, m)?)?;
     m.add_function(wrap_pyfunction!(archive::put_in_place, m)?)?;
     m.add_function(wrap_pyfunction!(archive::archive_entries, m)?)?;
     m.add_function(wrap_pyfunction!(archive::archive_read, m)?)?;
