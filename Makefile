@@ -26,7 +26,7 @@ $(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(RUST)
-	. $(BIN)/activate && maturin develop --quiet
+	. $(BIN)/activate && PIP_QUIET=1 maturin develop --quiet
 	touch $@
 
 lint: dev ## format, clippy, ruff, types, import contracts

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
+from torch_to_nnef.graph.inputs import resize
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ def resized_input_sets(
     traced = _traced_sizes(inputs, axes)
     sets = [InputSet(traced, tuple(inputs), traced=True)]
     for sizes in other_sizes(traced):
-        resized = tuple(_resize(tensor, symbols, sizes) for tensor, symbols in zip(inputs, axes, strict=True))
+        resized = tuple(
+            resize(tensor.detach(), {axis: sizes[symbol] for axis, symbol in symbols.items()})
+            for tensor, symbols in zip(inputs, axes, strict=True)
+        )
         sets.append(InputSet(sizes, resized, traced=False))
     return tuple(sets)
 
@@ -79,15 +83,3 @@ def _traced_sizes(inputs: Sequence[torch.Tensor], axes: Sequence[Mapping[int, st
                     "on another axis: give them two symbols, or sample inputs of one size"
                 )
     return sizes
-
-
-def _resize(tensor: torch.Tensor, symbols: Mapping[int, str], sizes: Mapping[str, int]) -> torch.Tensor:
-    resized = tensor.detach()
-    for axis, symbol in symbols.items():
-        size, old = sizes[symbol], resized.shape[axis]
-        if old == 0:  # an empty cache, say: nothing to repeat
-            shape = [*resized.shape[:axis], size, *resized.shape[axis + 1 :]]
-            resized = resized.new_zeros(shape)
-        else:
-            resized = resized.index_select(axis, torch.arange(size, device=tensor.device) % old)
-    return resized
