@@ -36,9 +36,11 @@ def scalar_tensor(e: Emitter, s: Scalar) -> Ref:
 
 def _constant(value: int) -> tuple[Lowering, Lowering]:
     def sized(e: Emitter) -> Ref:
+        """One value everywhere."""
         return _filled(e, value)
 
     def like(e: Emitter, x: Ref) -> Ref:
+        """One value, with the shape or the dtype of another tensor."""
         return _filled(e, value)
 
     return sized, like

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
@@ -93,8 +93,11 @@ class OpTable:
     def __contains__(self, op: OpOverload) -> bool:
         return op in self._handlers
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[OpOverload]:
         return iter(self._handlers)
+
+    def __getitem__(self, op: OpOverload) -> Handler:
+        return self._handlers[op]
 
     def lower(self, emitter: Emitter, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ref | list[Ref]:
         """Run the handler of `node` on lowered arguments."""
