@@ -26,6 +26,7 @@ class Model(nn.Module):
         self.hidden = nn.Linear(32, 64)
         self.functional = nn.Parameter(torch.randn(32, 64) / 8)
         self.scale = nn.Parameter(torch.randn(1, 32))
+        self.projection = nn.Parameter(torch.randn(32, 32) / 6)
         self.odd = nn.Linear(31, 32)
         self.head = nn.Linear(32, 12, bias=False)
         self.head.weight = self.embedding.weight
@@ -33,6 +34,7 @@ class Model(nn.Module):
     def forward(self, ids):
         x = torch.relu(self.hidden(self.embedding(ids)))
         x = torch.nn.functional.linear(x, self.functional) * self.scale
+        x = x @ self.projection
         return self.head(x + self.odd(x[..., 1:]))
 
 
@@ -69,12 +71,9 @@ def assert_untouched(model, before):
 def test_the_use_decides_and_what_is_left_says_why(model, tmp_path):
     report = run(model, tmp_path / "m.nnef.tgz")
     assert report.ok
-    assert storage(report) == {
-        "embedding.weight": "q40",
-        "hidden.weight": "q40",
-        "functional": "q40",
-        "odd.weight": "f32",
-    }
+    packed = {"embedding.weight": "q40", "hidden.weight": "q40", "functional": "q40"}
+    assert storage(report) == packed | {"odd.weight": "f32", "projection": "f32"}
+    assert next(row.reason for row in report.rows if row.fqn == "projection").startswith("used by other operators")
     odd = next(row for row in report.rows if row.fqn == "odd.weight")
     assert "32" in odd.reason
     assert "odd.weight" in str(report)

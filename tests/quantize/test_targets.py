@@ -84,7 +84,7 @@ def test_known_uses_decide():
         "emb.weight": None,
         "attention.in_proj_weight": None,
         "free": None,
-        "body.0.weight": "used by other: tract computes with Q40 only in linear, conv and embedding",
+        "body.0.weight": "used by other operators: tract computes with Q40 only in linear, conv and embedding",
         "body.1.weight": "the graph does not use it",
         "attention.out_proj.weight": "the graph does not use it",
     }

@@ -30,7 +30,7 @@ class Use(str, Enum):
     DEPTHWISE_CONV = "depthwise conv"
     EMBEDDING = "embedding"
     CONV_TRANSPOSE = "conv_transpose"
-    OTHER = "other"
+    OTHER = "other operators"
 
 
 Filter = str | re.Pattern[str] | Callable[[nn.Module, str], bool]
@@ -44,6 +44,8 @@ _CLASS_USE: tuple[tuple[type[nn.Module], Use], ...] = (
     (nn.Conv3d, Use.CONV),
     (nn.modules.conv._ConvTransposeNd, Use.CONV_TRANSPOSE),
 )
+# Elements from which a parameter is worth a row in a report.
+_LARGE = 1024
 _LEGAL = frozenset({Use.LINEAR, Use.CONV, Use.EMBEDDING})
 
 
@@ -96,7 +98,8 @@ def find_targets(
     """Weights of `model` asked for by `classes` (default: Linear, Embedding, Conv1d, Conv2d and their subclasses).
 
     Asked for are the `weight` of modules of these classes and, where the graph's uses are known, whatever it uses as
-    they do. Excluded weights stay in the list with their reason; weights outside `include` do not.
+    they do. With all of the default classes, that is every large parameter the graph uses, so that one in a use tract
+    has no kernel for is listed too. Excluded weights stay in the list with their reason; weights outside `include` do not.
 
     Raises:
         T2NErrorInvalidArgument: `include` is given and selects nothing.
@@ -104,6 +107,7 @@ def find_targets(
     """
     selection = selection or Selection()
     wanted = DEFAULT_CLASSES if classes is None else tuple(classes)
+    everything = set(DEFAULT_CLASSES) <= set(wanted)
     wanted_uses = frozenset(use for known, use in _CLASS_USE if issubclass(known, wanted))
     updater, targets = ModTensorUpdater(model), []
     for _, tensor in updater.tensors():
@@ -111,7 +115,7 @@ def find_targets(
         uses = _uses_of(places, selection.uses)
         asked = any(p.name == "weight" and isinstance(p.module, wanted) for p in places)
         if selection.uses is not None and uses is not None:
-            asked = asked or bool(uses & wanted_uses)
+            asked = asked or bool(uses & wanted_uses) or bool(everything and uses and _is_large(tensor, places))
         if not asked or not (selection.include is None or _matches(selection.include, places)):
             continue
         excluded = selection.exclude is not None and _matches(selection.exclude, places)
@@ -120,6 +124,10 @@ def find_targets(
         names = ", ".join(c.__name__ for c in wanted)
         raise T2NErrorInvalidArgument(f"include={selection.include!r} selects none of the weights of {names} modules")
     return targets
+
+
+def _is_large(tensor: torch.Tensor, places: Sequence[Place]) -> bool:
+    return places[0].is_parameter and tensor.dim() > 1 and tensor.numel() >= _LARGE
 
 
 def _reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
