@@ -48,6 +48,7 @@ test-slow: dev ## the tests that take minutes
 
 bench: dev ## the core against memory, the package against others; ratios of one run
 	cargo bench --no-default-features
+	. $(BIN)/activate && maturin develop --quiet --release
 	$(BIN)/python benches/quantize.py
 
 clean: ## remove the environment and all that was built

@@ -8,12 +8,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from torch_to_nnef.tensor.chunks import flat_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import torch
 
     from torch_to_nnef.tensor.quant.base import QTensor
 
@@ -82,9 +82,11 @@ def weight_error(fp: torch.Tensor, q: QTensor) -> tuple[float, float]:
     """
     signal = noise = 0.0
     for start, values in flat_chunks(fp, multiple=_GROUP if fp.numel() % _GROUP == 0 else 1):
-        exact = values.double()
-        signal += float(exact.square().sum())
-        noise += float((q.decompress_slice(start, start + len(values)).to(exact) - exact).square().sum())
+        # f32 holds each difference; squares of tiny weights and their sums need f64.
+        exact = values.to(torch.promote_types(values.dtype, torch.float32))
+        difference = q.decompress_slice(start, start + len(values)).to(exact.dtype) - exact
+        signal += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
+        noise += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
     if noise == 0:
         return math.inf, 0.0
     if signal == 0:
