@@ -184,10 +184,17 @@ def test_arguments_that_do_not_fit(tmp_path, options, error):
     assert not any(tmp_path.iterdir())
 
 
+class Sum(nn.Module):
+    def forward(self, a, b):
+        return a + b
+
+
 def test_names_may_be_too_few_or_too_many_when_allowed(tmp_path):
-    options = {"check_io_names_qte_match": False, "output_names": ["y", "z"]}
-    path = export(mlp(), torch.randn(2, 32), tmp_path / "m.nnef", **options)
-    assert [fact.name for fact in TractModel.load(path).outputs] == ["y"]
+    options = {"check_io_names_qte_match": False, "input_names": ["first"], "output_names": ["y", "z", "rest"]}
+    path = export(Sum(), (torch.randn(2, 3), torch.randn(2, 3)), tmp_path / "m.nnef", **options)
+    archive = TractModel.load(path)
+    assert [fact.name for fact in archive.inputs] == ["first", "b"]
+    assert [fact.name for fact in archive.outputs] == ["y"]
 
 
 def test_a_dimension_that_the_model_fixes_is_reported(tmp_path):

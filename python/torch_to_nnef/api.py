@@ -77,7 +77,7 @@ def quantize_and_verify(
         naming = Naming(input_names, output_names)
         plan = relower(captured, graph, type(model).__name__, target, naming)
     ours = registry is DEFAULT_COMPRESSION and not callable(method)
-    copied = copy_model(model, share_weights=ours or inplace)
+    copied = copy_model(model, share_weights=ours)
     work, reference = (model, copied) if inplace else (copied, model)
     with recording() as recorded, _restored_on_error(work), staged(destination) as beside:
         with steps("quantize"):

@@ -134,8 +134,7 @@ def plan_export(
     model: nn.Module, args: Args, target: TractNNEF, naming: Naming, extensions: Sequence[str] = ()
 ) -> Plan:
     """Everything before the first byte is written."""
-    names = naming.inputs if naming.counts_must_match or naming.inputs is None else None
-    inputs = prepare(model, args, names, target.dynamic_axes)
+    inputs = prepare(model, args, naming.inputs, target.dynamic_axes, naming.counts_must_match)
     captured, graph = captured_graph(model, inputs)
     return relower(captured, graph, type(model).__name__, target, naming, extensions)
 

@@ -94,9 +94,15 @@ def resize(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
 
 
 def prepare(
-    model: torch.nn.Module, args: Args, input_names: Sequence[str] | None, dynamic_axes: DynamicAxes | None
+    model: torch.nn.Module,
+    args: Args,
+    input_names: Sequence[str] | None,
+    dynamic_axes: DynamicAxes | None,
+    counts_must_match: bool = True,
 ) -> Inputs:
     """Flatten and name `args`: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+    Unless counts must match, forward's own names follow where `input_names` are too few, and the rest of too many is ignored.
 
     Raises: `T2NErrorInvalidArgument` for what is no tensor, or for a bad or repeated name; `T2NErrorIoQuantity` when the names are not one
     a tensor; `T2NErrorDynamicShapeValue` for an axis that does not exist.
@@ -113,7 +119,10 @@ def prepare(
                 f"argument {index} of the model is {type(leaf).__name__} ({leaf!r:.80}); an exported graph takes tensors only: "
                 "bind other values first, e.g. in a wrapper module or with functools.partial"
             )
-    names = tuple(input_names) if input_names is not None else _default_names(model, structure)
+    defaults = _default_names(model, structure)
+    names = defaults if input_names is None else tuple(input_names)
+    if not counts_must_match:
+        names = (names + defaults[len(names) :])[: len(leaves)]
     if len(names) != len(leaves):
         raise T2NErrorIoQuantity(f"{len(names)} input names {list(names)} for {len(leaves)} input tensors")
     check_names(names, "input")
