@@ -43,7 +43,7 @@ class Call(nn.Module):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: torch.div(x, 2.5, rounding_mode="floor"), "div"),
+        (lambda x: x.to(torch.int64) // 2, "rounded division of integers"),
         (lambda x: nn.functional.max_pool2d(x[None], 2, ceil_mode=True), "ceil_mode"),
         (lambda x: nn.functional.avg_pool2d(x[None], 2, divisor_override=3), "divisor_override"),
         (lambda x: nn.functional.adaptive_avg_pool2d(x, (3, 3)), "adaptive pooling"),

@@ -78,6 +78,52 @@ def _conv(
     return result if batched else e.squeeze(result, [0])
 
 
+@lowers(aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+def conv_transpose(
+    e: Emitter,
+    input: Ref,
+    weight: Ref,
+    bias: Ref | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    output_padding: Sequence[int] = (0,),
+    groups: int = 1,
+    dilation: Sequence[int] = (1,),
+) -> Ref:
+    """The transpose of a convolution: input (N, C, *), weight (C, O / groups, *), bias (O)."""
+    spatial = weight.rank - 2
+    if input.rank != weight.rank:
+        raise e.refuse("an input without batch axis; unsqueeze it")
+    biases = [] if bias is None else [e.unsqueeze(bias, [0])]
+    more = per_axis(output_padding, spatial)
+    return e.op(
+        "deconv",
+        input,
+        _output_first(e, weight, groups),
+        *biases,
+        out=e.out.shape,
+        border="constant",
+        padding=[(p, p - m) for p, m in zip(per_axis(padding, spatial), more, strict=True)],
+        stride=per_axis(stride, spatial),
+        dilation=per_axis(dilation, spatial),
+        groups=groups,
+    )
+
+
+def _output_first(e: Emitter, weight: Ref, groups: int) -> Ref:
+    """(C, O / groups, *) -> (O, C / groups, *), the layout tract wants; it does this once, when it loads the constant."""
+    channels, outputs, *kernel = weight.shape
+    if not isinstance(channels, int) or not isinstance(outputs, int):
+        raise e.refuse("the number of channels is dynamic")
+    if groups == 1:
+        order = [1, 0, *range(2, weight.rank)]
+        return e.op("transpose", weight, out=(outputs, channels, *kernel), axes=order)
+    grouped = e.reshape(weight, (groups, channels // groups, outputs, *kernel))
+    order = [0, 2, 1, *range(3, grouped.rank)]
+    turned = e.op("transpose", grouped, out=tuple(grouped.shape[i] for i in order), axes=order)
+    return e.reshape(turned, (groups * outputs, channels // groups, *kernel))
+
+
 def per_axis(values: int | Sequence[int], count: int) -> list[int]:
     """ATen's habit of one number for all spatial axes, spelled out."""
     values = [values] if isinstance(values, int) else list(values)

@@ -92,3 +92,15 @@ def to(e: Emitter, x: Ref) -> Ref:
 def to_other(e: Emitter, x: Ref, other: Ref) -> Ref:
     """Cast to another tensor's dtype."""
     return to(e, x)
+
+
+def _triangle(upper: bool) -> Lowering:
+    def lower(e: Emitter, x: Ref, diagonal: int = 0) -> Ref:
+        """One triangle of the last two axes, zeros elsewhere."""
+        return e.op("tract_core_trilu", x, k=diagonal, upper=upper)
+
+    return lower
+
+
+lowers(aten.tril.default)(_triangle(upper=False))
+lowers(aten.triu.default)(_triangle(upper=True))

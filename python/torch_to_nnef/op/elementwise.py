@@ -16,8 +16,15 @@ aten = torch.ops.aten
 # NNEF operator -> ATen op of one tensor; the input is first cast to the dtype torch computes in.
 _UNARY = {
     "abs": aten.abs.default,
+    "acos": aten.acos.default,
+    "acosh": aten.acosh.default,
+    "asin": aten.asin.default,
+    "asinh": aten.asinh.default,
+    "atan": aten.atan.default,
+    "atanh": aten.atanh.default,
     "ceil": aten.ceil.default,
     "cos": aten.cos.default,
+    "cosh": aten.cosh.default,
     "exp": aten.exp.default,
     "floor": aten.floor.default,
     "log": aten.log.default,
@@ -28,9 +35,16 @@ _UNARY = {
     "sigmoid": aten.sigmoid.default,
     "sign": aten.sign.default,
     "sin": aten.sin.default,
+    "sinh": aten.sinh.default,
     "sqrt": aten.sqrt.default,
     "square": aten.square.default,
+    "tan": aten.tan.default,
     "tanh": aten.tanh.default,
+    "t2n_expm1": aten.expm1.default,
+    "t2n_log10": aten.log10.default,
+    "t2n_log1p": aten.log1p.default,
+    "t2n_log2": aten.log2.default,
+    "t2n_trunc": aten.trunc.default,
     "tract_core_erf": aten.erf.default,
     "tract_core_round_even": aten.round.default,
 }
@@ -173,6 +187,38 @@ def div(e: Emitter, x: Operand, other: Operand) -> Ref:
     return e.binary("div", x, other, e.out.dtype)
 
 
+@lowers(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def div_mode(e: Emitter, x: Operand, other: Operand, rounding_mode: str | None = None) -> Ref:
+    """Division, then rounded down or towards zero; floats only: integers would have to be exact beyond f32."""
+    quotient = div(e, x, other)
+    return quotient if rounding_mode is None else _rounded(e, quotient, rounding_mode)
+
+
+@lowers(aten.floor_divide.default, aten.floor_divide.Scalar)
+def floor_divide(e: Emitter, x: Operand, other: Operand) -> Ref:
+    """Division rounded down."""
+    return _rounded(e, div(e, x, other), "floor")
+
+
+@lowers(aten.remainder.Tensor, aten.remainder.Scalar)
+def remainder(e: Emitter, x: Operand, other: Operand) -> Ref:
+    """The rest of a division rounded down: x - floor(x / other) * other."""
+    quotient = floor_divide(e, x, other)
+    return e.binary("sub", x, e.binary("mul", quotient, other, e.out.dtype), e.out.dtype)
+
+
+def _rounded(e: Emitter, x: Ref, mode: str) -> Ref:
+    if not e.out.dtype.is_floating_point:
+        raise e.refuse("rounded division of integers; divide floats")
+    return e.op("floor" if mode == "floor" else "t2n_trunc", x)
+
+
+@lowers(aten.isnan.default)
+def isnan(e: Emitter, x: Ref) -> Ref:
+    """Whether not a number: what differs from itself."""
+    return e.op("ne", x, x, dtype=torch.bool)
+
+
 @lowers(aten.pow.Tensor_Scalar)
 def pow_scalar(e: Emitter, x: Ref, exponent: Scalar) -> Ref:
     """X ^ exponent; the square as its own operator, which tract fuses into norms."""
@@ -211,6 +257,12 @@ def where(e: Emitter, condition: Ref, x: Ref, other: Ref) -> Ref:
 def where_scalar(e: Emitter, condition: Ref, x: Ref, other: Scalar) -> Ref:
     """Choose between a tensor and a number."""
     return _select(e, condition, e.cast(x, e.out.dtype), e.full(other))
+
+
+@lowers(aten.masked_fill.Tensor)
+def masked_fill_tensor(e: Emitter, x: Ref, mask: Ref, value: Ref) -> Ref:
+    """`value`, a rank-0 tensor, where mask."""
+    return _select(e, mask, e.cast(value, e.out.dtype), x)
 
 
 @lowers(aten.masked_fill.Scalar)

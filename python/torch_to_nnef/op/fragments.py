@@ -30,6 +30,10 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
         "(x: tensor<scalar>, alpha: scalar, scale: scalar, input_scale: scalar) -> (y: tensor<scalar>)",
         ["y = (max(x, 0.0) + (exp(min(x, 0.0) * input_scale) - 1.0) * alpha) * scale;"],
     ),
+    "t2n_expm1": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = exp(x) - 1.0;"],
+    ),
     "t2n_gelu": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = (x * 0.5) * (tract_core_erf(x * 0.70710678) + 1.0);"],
@@ -59,6 +63,18 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
     "t2n_linear": (
         "(filter: tensor<scalar>, x: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)",
         ['y = tract_core_einsum([filter, x], expr = expr, acc = "f32") + unsqueeze(bias, axes = lead);'],
+    ),
+    "t2n_log10": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = log(x) * 0.43429448;"],
+    ),
+    "t2n_log1p": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = log(x + 1.0);"],
+    ),
+    "t2n_log2": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = log(x) * 1.4426950;"],
     ),
     "t2n_log_sigmoid": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
@@ -92,6 +108,10 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
             "z = x * beta;",
             "y = select(z > threshold, x, (max(z, 0.0) + log(exp(neg(abs(z))) + 1.0)) / beta);",
         ],
+    ),
+    "t2n_trunc": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = sign(x) * floor(abs(x));"],
     ),
 }
 

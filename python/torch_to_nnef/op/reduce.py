@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.emitter import Emitter, Scalar
 from torch_to_nnef.op.registry import Lowering, lowers
 from torch_to_nnef.op.statement import Ref
@@ -63,7 +64,7 @@ def _logical(operator: str) -> Lowering:
 
 def _arg(operator: str) -> Lowering:
     def lower(e: Emitter, x: Ref, dim: int | None = None, keepdim: bool = False) -> Ref:
-        if dim is None:
+        if dim is None and x.rank > 1:
             raise e.refuse("over all axes at once; flatten first and give dim=0")
         return _reduce(e, operator, x, dim, keepdim, torch.int64)
 
@@ -104,3 +105,35 @@ def vector_norm(e: Emitter, x: Ref, ord: Scalar = 2, dim: Sequence[int] | None =
     if ord == math.inf:
         return _reduce(e, "max_reduce", e.op("abs", x), dim, keepdim)
     raise e.refuse(f"norm of order {ord}; 1, 2 and inf have a lowering")
+
+
+def _with_index(operator: str, arg_operator: str) -> Lowering:
+    def lower(e: Emitter, x: Ref, dim: int, keepdim: bool = False) -> list[Ref]:
+        """The extreme along one axis, and the first place where it stands."""
+        return [_reduce(e, operator, x, dim, keepdim), _reduce(e, arg_operator, x, dim, keepdim, torch.int64)]
+
+    return lower
+
+
+lowers(aten.max.dim)(_with_index("max_reduce", "argmax_reduce"))
+lowers(aten.min.dim)(_with_index("min_reduce", "argmin_reduce"))
+
+
+@lowers(aten.cumsum.default)
+def cumsum(e: Emitter, x: Ref, dim: int) -> Ref:
+    """Running sum along one axis."""
+    return e.op("tract_core_cumsum", e.cast(x, e.out.dtype), axis=e.axis(dim), exclusive=False, reverse=False)
+
+
+@lowers(aten.topk.default)
+def topk(e: Emitter, x: Ref, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Ref]:
+    """The k largest (or smallest) along one axis, in order, and their indices."""
+    values, indices = e.node.outputs
+    results = [(values.shape, values.dtype), (indices.shape, indices.dtype)]
+    return e.ops("tract_core_topk", x, results=results, k=k, axis=dim % x.rank, largest=largest)
+
+
+@lowers(aten.sort.default)
+def sort(e: Emitter, x: Ref, dim: int = -1, descending: bool = False) -> list[Ref]:
+    """All along one axis in order, and their indices; the order of equal elements is not said."""
+    return topk(e, x, x.shape[dim % x.rank], dim, largest=descending)

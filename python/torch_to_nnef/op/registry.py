@@ -29,6 +29,7 @@ _FAMILIES = (
     "linear",
     "norm",
     "pool",
+    "resize",
     "reduce",
     "shape",
 )
