@@ -40,6 +40,7 @@ _UNARY = {
     "square": aten.square.default,
     "tan": aten.tan.default,
     "tanh": aten.tanh.default,
+    "t2n_erfc": aten.erfc.default,
     "t2n_expm1": aten.expm1.default,
     "t2n_log10": aten.log10.default,
     "t2n_log1p": aten.log1p.default,
@@ -207,6 +208,13 @@ def remainder(e: Emitter, x: Operand, other: Operand) -> Ref:
     return e.binary("sub", x, e.binary("mul", quotient, other, e.out.dtype), e.out.dtype)
 
 
+@lowers(aten.fmod.Tensor, aten.fmod.Scalar)
+def fmod(e: Emitter, x: Operand, other: Operand) -> Ref:
+    """The rest of a division rounded towards zero."""
+    quotient = _rounded(e, div(e, x, other), "trunc")
+    return e.binary("sub", x, e.binary("mul", quotient, other, e.out.dtype), e.out.dtype)
+
+
 def _rounded(e: Emitter, x: Ref, mode: str) -> Ref:
     if not e.out.dtype.is_floating_point:
         raise e.refuse("rounded division of integers; divide floats")
@@ -235,6 +243,15 @@ def bitwise_not(e: Emitter, x: Ref) -> Ref:
 @lowers(aten.clamp.default)
 def clamp(e: Emitter, x: Ref, min: Scalar | None = None, max: Scalar | None = None) -> Ref:
     """Bound below, above or both."""
+    result = e.cast(x, e.out.dtype)
+    if min is not None:
+        result = e.binary("max", result, min, e.out.dtype)
+    return result if max is None else e.binary("min", result, max, e.out.dtype)
+
+
+@lowers(aten.clamp.Tensor)
+def clamp_tensor(e: Emitter, x: Ref, min: Ref | None = None, max: Ref | None = None) -> Ref:
+    """Bound by tensors that broadcast."""
     result = e.cast(x, e.out.dtype)
     if min is not None:
         result = e.binary("max", result, min, e.out.dtype)

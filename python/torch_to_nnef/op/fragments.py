@@ -30,6 +30,10 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
         "(x: tensor<scalar>, alpha: scalar, scale: scalar, input_scale: scalar) -> (y: tensor<scalar>)",
         ["y = (max(x, 0.0) + (exp(min(x, 0.0) * input_scale) - 1.0) * alpha) * scale;"],
     ),
+    "t2n_erfc": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = 1.0 - tract_core_erf(x);"],
+    ),
     "t2n_expm1": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = exp(x) - 1.0;"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ def embedding(e: Emitter, weight: Ref, indices: Ref, padding_idx: int = -1) -> R
 def index_select(e: Emitter, x: Ref, dim: int, index: Ref) -> Ref:
     """Slices of one axis."""
     return e.op("tract_core_gather", x, index, out=e.out.shape, axis=dim % x.rank)
+
+
+@lowers(aten.flip.default)
+def flip(e: Emitter, x: Ref, dims: Sequence[int]) -> Ref:
+    """Axes read backwards."""
+    for axis in sorted({d % x.rank for d in dims}):
+        positions = e.arange(0, 1, x.shape[axis], torch.int64)
+        backwards = e.binary("sub", x.shape[axis] - 1, positions, torch.int64)
+        x = e.op("tract_core_gather", x, backwards, out=x.shape, axis=axis)
+    return x
 
 
 @lowers(aten.gather.default)

@@ -84,6 +84,22 @@ def native_batch_norm(
     return [batch_norm(e, input, weight, bias, running_mean, running_var, training=False, eps=eps)]
 
 
+@lowers(aten.instance_norm.default)
+def instance_norm(
+    e: Emitter,
+    input: Ref,
+    weight: Ref | None = None,
+    bias: Ref | None = None,
+    use_input_stats: bool = True,
+    eps: float = 1e-5,
+) -> Ref:
+    """Layer norm over the positions of each channel; input (N, C, *)."""
+    if not use_input_stats:
+        raise e.refuse("instance_norm with running statistics; it is then a batch_norm")
+    normal = e.op("t2n_layer_norm", input, axes=list(range(2, input.rank)), eps=float(eps))
+    return _per_channel(e, normal, weight, bias)
+
+
 @lowers(aten.group_norm.default)
 def group_norm(
     e: Emitter, input: Ref, num_groups: int, weight: Ref | None = None, bias: Ref | None = None, eps: float = 1e-5
@@ -94,7 +110,11 @@ def group_norm(
         raise e.refuse("the number of channels is dynamic")
     grouped = e.reshape(input, (batch, num_groups, math.prod([channels // num_groups, *positions])))
     normal = e.reshape(e.op("t2n_layer_norm", grouped, axes=[2], eps=float(eps)), input.shape)
-    around = [0, *range(2, input.rank)]
+    return _per_channel(e, normal, weight, bias)
+
+
+def _per_channel(e: Emitter, x: Ref, weight: Ref | None, bias: Ref | None) -> Ref:
+    around = [0, *range(2, x.rank)]
     if weight is not None:
-        normal = e.op("mul", normal, e.unsqueeze(weight, around), hint="scaled")
-    return normal if bias is None else e.op("add", normal, e.unsqueeze(bias, around), hint="biased")
+        x = e.op("mul", x, e.unsqueeze(weight, around), hint="scaled")
+    return x if bias is None else e.op("add", x, e.unsqueeze(bias, around), hint="biased")

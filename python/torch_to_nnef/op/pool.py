@@ -104,6 +104,15 @@ def _spatial(e: Emitter) -> int:
     return int(next(c for c in e.node.target._schema.name if c.isdigit()))
 
 
+@lowers(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default)
+def adaptive_max_pool(e: Emitter, x: Ref, output_size: Sequence[int]) -> list[Ref]:
+    """The largest of all positions; only the values are given, and only for an output of size 1."""
+    if any(o != 1 for o in output_size):
+        raise e.refuse(f"adaptive max pooling to {list(output_size)}; size 1 has a lowering")
+    spatial = len(output_size)
+    return [e.op("max_reduce", x, out=e.out.shape, axes=list(range(x.rank - spatial, x.rank)))]
+
+
 @lowers(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)
 def adaptive_avg_pool(e: Emitter, x: Ref, output_size: Sequence[int]) -> Ref:
     """Mean over windows that give `output_size`; tract has windows of one size only."""

@@ -107,6 +107,12 @@ def vector_norm(e: Emitter, x: Ref, ord: Scalar = 2, dim: Sequence[int] | None =
     raise e.refuse(f"norm of order {ord}; 1, 2 and inf have a lowering")
 
 
+@lowers(aten.prod.dim_int)
+def prod(e: Emitter, x: Ref, dim: int, keepdim: bool = False) -> Ref:
+    """Product along one axis."""
+    return _reduce(e, "tract_core_product_reduce", e.cast(x, e.out.dtype), dim, keepdim)
+
+
 def _with_index(operator: str, arg_operator: str) -> Lowering:
     def lower(e: Emitter, x: Ref, dim: int, keepdim: bool = False) -> list[Ref]:
         """The extreme along one axis, and the first place where it stands."""

@@ -134,6 +134,23 @@ def slice_(e: Emitter, x: Ref, dim: int = 0, start: Dim | None = None, end: Dim 
     return e.slice(x, axis, begin, length, step)
 
 
+@lowers(aten.roll.default)
+def roll(e: Emitter, x: Ref, shifts: Sequence[int], dims: Sequence[int] = ()) -> Ref:
+    """Static axes turned around: what leaves at the end comes back at the front."""
+    if len(dims) != len(shifts):
+        raise e.refuse("roll without dims; flatten first and give dims=0")
+    for shift, dim in zip(shifts, dims, strict=True):
+        axis = dim % x.rank
+        size = x.shape[axis]
+        if not isinstance(size, int):
+            raise e.refuse("roll over a dynamic axis; concatenate two slices")
+        moved = shift % size
+        if moved:
+            parts = [e.slice(x, axis, size - moved, moved), e.slice(x, axis, 0, size - moved)]
+            x = e.op("concat", parts, out=x.shape, dtype=x.dtype, axis=axis)
+    return x
+
+
 @lowers(aten.narrow.default)
 def narrow(e: Emitter, x: Ref, dim: int, start: Dim, length: Dim) -> Ref:
     """`length` elements of one axis."""
