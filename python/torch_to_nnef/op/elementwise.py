@@ -203,16 +203,19 @@ def floor_divide(e: Emitter, x: Operand, other: Operand) -> Ref:
 
 @lowers(aten.remainder.Tensor, aten.remainder.Scalar)
 def remainder(e: Emitter, x: Operand, other: Operand) -> Ref:
-    """The rest of a division rounded down: x - floor(x / other) * other."""
-    quotient = floor_divide(e, x, other)
-    return e.binary("sub", x, e.binary("mul", quotient, other, e.out.dtype), e.out.dtype)
+    """The rest of a division rounded down: it has the sign of the divisor."""
+    return _rest(e, x, other, "floor")
 
 
 @lowers(aten.fmod.Tensor, aten.fmod.Scalar)
 def fmod(e: Emitter, x: Operand, other: Operand) -> Ref:
-    """The rest of a division rounded towards zero."""
-    quotient = _rounded(e, div(e, x, other), "trunc")
-    return e.binary("sub", x, e.binary("mul", quotient, other, e.out.dtype), e.out.dtype)
+    """The rest of a division rounded towards zero: it has the sign of the dividend."""
+    return _rest(e, x, other, "trunc")
+
+
+def _rest(e: Emitter, x: Operand, other: Operand, mode: str) -> Ref:
+    whole = e.binary("mul", _rounded(e, div(e, x, other), mode), other, e.out.dtype)
+    return e.binary("sub", x, whole, e.out.dtype)
 
 
 def _rounded(e: Emitter, x: Ref, mode: str) -> Ref:
@@ -240,18 +243,9 @@ def bitwise_not(e: Emitter, x: Ref) -> Ref:
     return e.op("not" if x.dtype is torch.bool else "tract_core_bitnot", x)
 
 
-@lowers(aten.clamp.default)
-def clamp(e: Emitter, x: Ref, min: Scalar | None = None, max: Scalar | None = None) -> Ref:
-    """Bound below, above or both."""
-    result = e.cast(x, e.out.dtype)
-    if min is not None:
-        result = e.binary("max", result, min, e.out.dtype)
-    return result if max is None else e.binary("min", result, max, e.out.dtype)
-
-
-@lowers(aten.clamp.Tensor)
-def clamp_tensor(e: Emitter, x: Ref, min: Ref | None = None, max: Ref | None = None) -> Ref:
-    """Bound by tensors that broadcast."""
+@lowers(aten.clamp.default, aten.clamp.Tensor)
+def clamp(e: Emitter, x: Ref, min: Operand | None = None, max: Operand | None = None) -> Ref:
+    """Bound below, above or both, by numbers or by tensors that broadcast."""
     result = e.cast(x, e.out.dtype)
     if min is not None:
         result = e.binary("max", result, min, e.out.dtype)
