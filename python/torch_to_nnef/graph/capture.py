@@ -96,8 +96,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
             program = torch.export.export(model, fake_args, fake_kwargs, dynamic_shapes=dims, strict=False)
         except Exception as error:  # torch.export raises many unrelated classes
             raise _explain(error, model) from error
-        constants = {k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}
-        return Captured(program, inputs, {**constants, **tensors})
+        return Captured(program, inputs, {**_constants(program), **tensors})
 
 
 def decompose(captured: Captured, ops: Sequence[torch._ops.OpOverload]) -> Captured:
@@ -106,8 +105,11 @@ def decompose(captured: Captured, ops: Sequence[torch._ops.OpOverload]) -> Captu
     table = {op: known[op] for op in ops if op in known}
     with torch.no_grad():
         program = captured.program.run_decompositions(table)
-    constants = {k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}
-    return Captured(program, captured.inputs, {**constants, **captured.tensors})
+    return Captured(program, captured.inputs, {**_constants(program), **captured.tensors})
+
+
+def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    return {fqn: value for fqn, value in program.constants.items() if isinstance(value, torch.Tensor)}
 
 
 def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

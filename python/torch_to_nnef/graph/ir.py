@@ -55,8 +55,3 @@ class Graph:
     nodes: tuple[Node, ...]
     outputs: tuple[Value, ...]
     symbols: tuple[str, ...]
-
-
-def is_static(shape: Shape) -> bool:
-    """Whether no dimension depends on a symbol."""
-    return all(isinstance(dim, int) for dim in shape)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
 
 from torch_to_nnef.exceptions import T2NErrorConsistency
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.op.statement import Ref, Statement, Variable
-from torch_to_nnef.tensor.quant import QTensor
+from torch_to_nnef.tensor.quant import QTensor, q40_shape_reason
 
-_GROUP = 32
 # A rule: (statement, the packed operand) -> what is wrong, or None.
 Rule = Callable[[Statement, Ref], str | None]
 
@@ -89,10 +87,8 @@ def lint(document: Document) -> None:
 
 
 def _shape_fault(variable: Variable) -> str | None:
-    shape = tuple(variable.tensor.shape)
-    if len(shape) < 2 or prod(shape[1:]) % _GROUP:
-        return f"{variable.label}: shape {list(shape)} has no whole groups of {_GROUP} in a row"
-    return None
+    reason = q40_shape_reason(variable.tensor.shape)
+    return reason and f"{variable.label}: {reason}"
 
 
 def _refs(statement: Statement) -> list[Ref]:

@@ -10,7 +10,6 @@ import sympy
 import torch
 
 from torch_to_nnef.exceptions import T2NErrorConsistency
-from torch_to_nnef.graph.ir import Shape
 from torch_to_nnef.graph.symbols import dim_text
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.op.dtypes import tract_dtype
@@ -99,8 +98,3 @@ def _float(value: float) -> str:
         raise T2NErrorConsistency(f"{value} has no NNEF literal; a handler must store it as a constant")
     text = str(np.float32(value))
     return text if "." in text or "e" in text else f"{text}.0"
-
-
-def shape_text(shape: Shape) -> str:
-    """`[B, S, 384]`, for messages."""
-    return _literal(list(shape))

@@ -25,9 +25,7 @@ def max_pool(
     ceil_mode: bool = False,
 ) -> Ref:
     """Largest value of each window; padding never wins."""
-    return _pool(
-        e, "max_pool", x, len(e.out.shape), kernel_size, stride, padding, ceil_mode, border="ignore", dilation=dilation
-    )
+    return _pool(e, "max_pool", x, kernel_size, stride, padding, ceil_mode, border="ignore", dilation=dilation)
 
 
 @lowers(aten.max_pool2d_with_indices.default)
@@ -60,7 +58,6 @@ def avg_pool(
         e,
         "avg_pool",
         x,
-        len(e.out.shape),
         kernel_size,
         stride,
         padding,
@@ -73,7 +70,6 @@ def _pool(
     e: Emitter,
     operator: str,
     x: Ref,
-    rank: int,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -86,7 +82,7 @@ def _pool(
     steps, spread = per_axis(stride or kernel_size, spatial), per_axis(dilation, spatial)
     if ceil_mode:
         raise e.refuse("ceil_mode=True; pad the input instead")
-    lead = rank - spatial
+    lead = x.rank - spatial
     return e.op(
         operator,
         x,
@@ -125,4 +121,4 @@ def adaptive_avg_pool(e: Emitter, x: Ref, output_size: Sequence[int]) -> Ref:
             f"adaptive pooling of {sizes} to {list(output_size)}: the input must be a static multiple of the output"
         )
     window = [s // o for s, o in zip(sizes, output_size, strict=True) if isinstance(s, int)]
-    return _pool(e, "avg_pool", x, x.rank, window, window, [0], ceil_mode=False, border="ignore")
+    return _pool(e, "avg_pool", x, window, window, [0], ceil_mode=False, border="ignore")
