@@ -1,55 +1,13 @@
 """One row an op: exported through the public API and run in tract against torch, at other sizes where an axis is dynamic."""
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 import torch.nn.functional as F
+from rows import BS, B, Call, Row, check, flags, ids, unary, x
 from torch import nn
 
 from torch_to_nnef.export import export_model_to_nnef
 from torch_to_nnef.inference_target import TractNNEF
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    function: object
-    inputs: tuple
-    axes: dict = field(default_factory=dict)
-
-
-def x(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ids(*shape, high=5):
-    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(1))
-
-
-def flags(*shape):
-    return x(*shape, seed=2) > 0
-
-
-B = {0: "B"}
-BS = {0: "B", 1: "S"}
-
-
-def unary(function, name=None, positive=False, scale=3.0):
-    values = x(3, 5).abs() + 0.1 if positive else scale * x(3, 5)
-    return Row(name or function.__name__, lambda t: function(t), (values,), {"args_0": B})
-
 
 ROWS = [
     *[unary(f) for f in (torch.abs, torch.ceil, torch.cos, torch.exp, torch.floor, torch.neg, torch.sigmoid, torch.sign, torch.sin)],
@@ -198,8 +156,7 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_op_gives_the_same_in_tract(row, tmp_path):
-    target = TractNNEF.latest(dynamic_axes=row.axes)
-    export_model_to_nnef(Call(row.function), row.inputs, tmp_path / "op.nnef", target, compression_level=None)
+    check(row, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch_to_nnef.op.statement import Ref, Statement, Variable
+from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
     """All that graph.nnef says, and the tensors it names.
 
-    `extensions` are further lines behind `extension` (`tract_assert S >= 1`); `properties` become tract_core_properties.
+    `extensions` are further lines behind `extension` (`tract_assert S >= 1`); `properties` become
+    tract_core_properties; `fragments` are those that handlers defined for this graph alone.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Document:
     symbols: tuple[str, ...] = ()
     extensions: tuple[str, ...] = ()
     properties: Mapping[str, str] = field(default_factory=dict)
+    fragments: Mapping[str, Fragment] = field(default_factory=dict)
 
     @property
     def operators(self) -> frozenset[str]:

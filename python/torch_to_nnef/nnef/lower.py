@@ -83,7 +83,13 @@ class _Lowering:
         variables = sorted([*self.variables.values(), *self.emitter.variables.values()], key=lambda v: v.label)
         name = Names(VariableNamingScheme.RAW, ()).unique(name)
         document = Document(
-            name, tuple(inputs), tuple(self.output_names), statements, tuple(variables), self.graph.symbols
+            name,
+            tuple(inputs),
+            tuple(self.output_names),
+            statements,
+            tuple(variables),
+            self.graph.symbols,
+            fragments=self.emitter.fragments,
         )
         return Lowered(document, identifiers)
 

@@ -22,7 +22,7 @@ _GENERIC = {torch.float32: "scalar", torch.int64: "integer", torch.bool: "logica
 
 def graph_text(document: Document) -> str:
     """The whole file; equal documents give equal text."""
-    fragments = in_use(document.operators)
+    fragments = in_use(document.operators, document.fragments)
     extensions = [
         "KHR_enable_fragment_definitions",
         "KHR_enable_operator_expressions",

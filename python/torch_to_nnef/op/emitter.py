@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Dim, Node, Shape, Value
 from torch_to_nnef.op.dtypes import tract_dtype
-from torch_to_nnef.op.statement import Ref, Statement, Variable
+from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 
 Scalar = int | float | bool
 
@@ -24,6 +24,7 @@ class Emitter:
     ) -> None:
         self.statements: list[Statement] = []
         self.variables: dict[str, Variable] = {}
+        self.fragments: dict[str, Fragment] = {}
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
         self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
         self._fresh, self._producers, self._quantized = fresh, producers, quantized
@@ -58,6 +59,15 @@ class Emitter:
             )
         )
         return refs
+
+    def define(self, name: str, signature: str, body: Sequence[str]) -> str:
+        """A fragment of this graph alone, such as the body of a scan; returns its name.
+
+        `signature` is `"(x: tensor<scalar>) -> (y: tensor<scalar>)"`, `body` its assignments. Defining the same again is fine.
+        """
+        if self.fragments.setdefault(name, (signature, tuple(body))) != (signature, tuple(body)):
+            raise T2NErrorInvalidArgument(f"fragment {name} is defined twice, differently")
+        return name
 
     def constant(self, tensor: torch.Tensor, hint: str) -> Ref:
         """A tensor the handler computed, stored once in the archive however many nodes need it."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch_to_nnef.op.statement import Fragment
 
 # name -> (signature, body lines). Literals stand right of tensors: tract casts them to the tensor's type.
-_FRAGMENTS: dict[str, tuple[str, list[str]]] = {
+_FRAGMENTS: dict[str, Fragment] = {
     "t2n_attention": (
         "(query: tensor<scalar>, key: tensor<scalar>, value: tensor<scalar>, scale: scalar, axis: integer)"
         " -> (y: tensor<scalar>)",
@@ -120,16 +122,16 @@ _FRAGMENTS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def in_use(operators: Iterable[str]) -> dict[str, str]:
-    """Text of every fragment that `operators` need, those within fragments included, in alphabetical order."""
-    wanted, found = set(operators), set[str]()
-    while new := (wanted & _FRAGMENTS.keys()) - found:
+def in_use(operators: Iterable[str], own: Mapping[str, Fragment]) -> dict[str, str]:
+    """Text of every fragment that `operators` need and of all the document's `own`, those within fragments included, by name."""
+    known = {**_FRAGMENTS, **own}
+    wanted, found = {*operators, *own}, set[str]()
+    while new := (wanted & known.keys()) - found:
         found |= new
-        wanted |= {word for name in new for line in _FRAGMENTS[name][1] for word in re.findall(r"\w+", line)}
-    return {name: _text(name) for name in sorted(found)}
+        wanted |= {word for name in new for line in known[name][1] for word in re.findall(r"\w+", line)}
+    return {name: _text(name, *known[name]) for name in sorted(found)}
 
 
-def _text(name: str) -> str:
-    signature, body = _FRAGMENTS[name]
+def _text(name: str, signature: str, body: Sequence[str]) -> str:
     lines = "".join(f"    {line}\n" for line in body)
     return f"fragment {name}{signature}\n{{\n{lines}}}\n"

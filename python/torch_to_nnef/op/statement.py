@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from torch_to_nnef.graph.ir import Shape
+
+# Signature and assignments of an NNEF fragment.
+Fragment: TypeAlias = tuple[str, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
