@@ -50,6 +50,7 @@ bench: dev ## the core against memory, the package against others; ratios of one
 	cargo bench --no-default-features
 	. $(BIN)/activate && maturin develop --quiet --release
 	$(BIN)/python benches/quantize.py
+	$(BIN)/python benches/export.py
 
 clean: ## remove the environment and all that was built
 	rm -rf $(VENV) target

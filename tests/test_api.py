@@ -106,6 +106,12 @@ def test_no_method_exports_and_verifies_only(model, tmp_path):
     assert (report.rows, report.quantization, report.method) == ((), (), None)
 
 
+def test_the_report_splits_the_time(model, tmp_path):
+    report = run(model, tmp_path / "m.nnef.tar")
+    names = [name for name, seconds in report.steps if seconds > 0]
+    assert names == ["capture", "lower", "quantize", "write", "verify", "compare with float"]
+
+
 @pytest.mark.parametrize(
     ("options", "quantized"),
     [

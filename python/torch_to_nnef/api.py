@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torch import nn
 from torch_to_nnef._native import __version__, tract_version
 from torch_to_nnef.compress import DEFAULT_COMPRESSION, Method, call_method
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
-from torch_to_nnef.export import Naming, Plan, captured_graph, check, relower, staged
+from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, relower, staged
 from torch_to_nnef.graph.capture import eval_mode
 from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.inputs import Args, DynamicAxes, prepare
@@ -70,10 +69,11 @@ def quantize_and_verify(
     destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
-    steps = _Steps()
+    steps = Steps()
     with steps("capture"):
         inputs = prepare(model, args, input_names, target.dynamic_axes)
         captured, graph = captured_graph(model, inputs)
+    with steps("lower"):
         naming = Naming(input_names, output_names)
         plan = relower(captured, graph, type(model).__name__, target, naming)
     ours = registry is DEFAULT_COMPRESSION and not callable(method)
@@ -84,9 +84,10 @@ def quantize_and_verify(
             selection = Selection(uses=weight_uses(graph), include=include, exclude=exclude)
             extras = {"calibration": calibration, "progress": progress}
             work = _apply(work, _choices(method, registry, selection, overrides or {}), extras)
-        with steps("export"):
+        with steps("lower"):
             captured = captured.rebind(work)
             plan = relower(captured, to_graph(captured), type(model).__name__, target, naming)
+        with steps("write"):
             size = write_archive(plan.document, beside, form, None)
         with steps("verify"):
             archive = check(plan, beside, work, target.check_io_tolerance) if target.check_io else ()
@@ -111,22 +112,6 @@ def copy_model(model: nn.Module, share_weights: bool) -> nn.Module:
     """A copy whose modules are its own; its parameters and buffers too, unless shared (a method of ours replaces, never writes)."""
     tensors = [*model.parameters(), *model.buffers()] if share_weights else []
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-class _Steps:
-    """Wall-clock seconds of each step, in order."""
-
-    def __init__(self) -> None:
-        self._taken: list[tuple[str, float]] = []
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._taken.append((name, time.perf_counter() - start))
-
-    def taken(self) -> tuple[tuple[str, float], ...]:
-        return tuple(self._taken)
 
 
 def _target(target: TractNNEF | None, dynamic_axes: DynamicAxes | None) -> TractNNEF:

@@ -6,6 +6,7 @@ import getpass
 import logging
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -80,14 +81,38 @@ def export_model_to_nnef(
     naming = Naming(
         input_names, output_names, check_io_names_qte_match, allow_same_io_names, _scheme(nnef_variable_naming_scheme)
     )
+    steps = Steps()
     with at_level(log_level):
-        plan = plan_export(model, args, inference_target, naming, custom_extensions or ())
+        plan = plan_export(model, args, inference_target, naming, custom_extensions or (), steps)
         with staged(path) as beside:
-            size = write_archive(plan.document, beside, form, compression_level)
+            with steps("write"):
+                size = write_archive(plan.document, beside, form, compression_level)
             if inference_target.check_io:
-                check(plan, beside, model, inference_target.check_io_tolerance, debug_bundle_path)
-        LOGGER.info("wrote %s (%d bytes)", path, size)
+                with steps("verify"):
+                    check(plan, beside, model, inference_target.check_io_tolerance, debug_bundle_path)
+        LOGGER.info("wrote %s (%d bytes): %s", path, size, steps)
     return path
+
+
+class Steps:
+    """Wall-clock seconds of each step, in the order they began; a step that is taken twice adds up."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the block as (part of) step `name`."""
+        before, start = self._seconds.setdefault(name, 0.0), time.perf_counter()
+        yield
+        self._seconds[name] = before + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._seconds.items())
+
+    def taken(self) -> tuple[tuple[str, float], ...]:
+        """(step, seconds)."""
+        return tuple(self._seconds.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +156,14 @@ class Plan:
 
 
 def plan_export(
-    model: nn.Module, args: Args, target: TractNNEF, naming: Naming, extensions: Sequence[str] = ()
+    model: nn.Module, args: Args, target: TractNNEF, naming: Naming, extensions: Sequence[str], steps: Steps
 ) -> Plan:
     """Everything before the first byte is written."""
-    inputs = prepare(model, args, naming.inputs, target.dynamic_axes, naming.counts_must_match)
-    captured, graph = captured_graph(model, inputs)
-    return relower(captured, graph, type(model).__name__, target, naming, extensions)
+    with steps("capture"):
+        inputs = prepare(model, args, naming.inputs, target.dynamic_axes, naming.counts_must_match)
+        captured, graph = captured_graph(model, inputs)
+    with steps("lower"):
+        return relower(captured, graph, type(model).__name__, target, naming, extensions)
 
 
 def captured_graph(model: nn.Module, inputs: Inputs) -> tuple[Captured, Graph]:
