@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: help demo test dev lint test-rust test-python test-slow bench clean
+.PHONY: help demo test dev lint test-rust test-python test-slow support bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ test-python: dev ## the package; slow tests are left out
 
 test-slow: dev ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+support: dev ## measure every operator anew: tests/op/outcomes.json and docs/supported_ops.md
+	$(BIN)/python tests/op/support.py
 
 bench: dev ## the core against memory, the package against others; ratios of one run
 	cargo bench --no-default-features

@@ -93,12 +93,17 @@ def run(sample: Sample, axes: dict[str, dict[int, str]], tolerance: TractCheckTo
     return Outcome(PASSED)
 
 
-def outcomes(op, dtype: str, most: int) -> list[Outcome]:
-    """Of the first `most` samples, sizes fixed."""
+def chosen(op, dtype: str, most: int) -> list[Sample]:
+    """At most `most` of the samples, spread evenly over them; none if torch has no such dtype for the operator."""
     if DTYPES[dtype] not in op.dtypes:
         return []
-    tolerance = TOLERANCE.get(dtype, TractCheckTolerance.APPROXIMATE)
-    return [run(sample, {}, tolerance) for sample in itertools.islice(samples(op, DTYPES[dtype]), most)]
+    found = list(itertools.islice(samples(op, DTYPES[dtype]), 400))
+    return [found[i * len(found) // most] for i in range(most)] if len(found) > most else found
+
+
+def outcome(sample: Sample, dtype: str) -> Outcome:
+    """Of one sample, sizes fixed."""
+    return run(sample, {}, TOLERANCE.get(dtype, TractCheckTolerance.APPROXIMATE))
 
 
 def dynamic(op) -> str:
@@ -124,7 +129,7 @@ def main(names: list[str]) -> None:
     for name, op in ops().items():
         if any(name == n or (n.endswith("*") and name.startswith(n[:-1])) for n in names):
             for dtype in DTYPES:
-                found = outcomes(op, dtype, most)
+                found = [outcome(sample, dtype) for sample in chosen(op, dtype, most)]
                 print(f"{name} {dtype} {''.join(o.code for o in found)}")
                 for reason, group in itertools.groupby(sorted(o.reason for o in found if o.reason)):
                     print(f"    {len(list(group))}x {reason[:600]}")
