@@ -174,7 +174,12 @@ class QTensorTractScaleOnly(QTensorTract):
 
 
 # An operator of our own: `torch.compile` and `torch.export` see one node, and each device runs its fastest code.
-@torch.library.custom_op("t2n::q40_dequantize", mutates_args=())
+# The schema is written out: torch 2.6 does not infer one from `list[int]`.
+@torch.library.custom_op(
+    "t2n::q40_dequantize",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scales, SymInt[] shape, ScalarType dtype) -> Tensor",
+)
 def q40_dequantize(codes: torch.Tensor, scales: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     """Values `(code - 8) * scale` of the planes `codes` (uint8) and `scales` (f16): f32, rounded once to `dtype`."""
     if codes.device.type == "cpu":
