@@ -60,8 +60,7 @@ def _conv(
 ) -> Ref:
     spatial = weight.rank - 2
     batched = x.rank == weight.rank
-    if not batched:
-        x = e.unsqueeze(x, [0])
+    x = _batched(e, x, weight)
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
     result = e.op(
         "conv",
@@ -78,7 +77,7 @@ def _conv(
     return result if batched else e.squeeze(result, [0])
 
 
-@lowers(aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+@lowers(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 def conv_transpose(
     e: Emitter,
     input: Ref,
@@ -92,22 +91,26 @@ def conv_transpose(
 ) -> Ref:
     """The transpose of a convolution: input (N, C, *), weight (C, O / groups, *), bias (O)."""
     spatial = weight.rank - 2
-    if input.rank != weight.rank:
-        raise e.refuse("an input without batch axis; unsqueeze it")
+    steps, pads = per_axis(stride, spatial), per_axis(padding, spatial)
+    x = _batched(e, input, weight)
+    # tract crops the result by the padding and cannot extend it: zeros behind the input do, a stride each.
+    zeros = [max(0, ceil_div(more - p, s)) for more, p, s in zip(per_axis(output_padding, spatial), pads, steps, strict=True)]
+    x = pad_end(e, x, zeros)
+    crops = [p + z * s - m for p, z, s, m in zip(pads, zeros, steps, per_axis(output_padding, spatial), strict=True)]
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
-    more = per_axis(output_padding, spatial)
-    return e.op(
+    result = e.op(
         "deconv",
-        input,
+        x,
         _output_first(e, weight, groups),
         *biases,
-        out=e.out.shape,
+        out=e.out.shape if input.rank == weight.rank else (1, *e.out.shape),
         border="constant",
-        padding=[(p, p - m) for p, m in zip(per_axis(padding, spatial), more, strict=True)],
-        stride=per_axis(stride, spatial),
+        padding=list(zip(pads, crops, strict=True)),
+        stride=steps,
         dilation=per_axis(dilation, spatial),
         groups=groups,
     )
+    return result if input.rank == weight.rank else e.squeeze(result, [0])
 
 
 def _output_first(e: Emitter, weight: Ref, groups: int) -> Ref:
@@ -122,6 +125,25 @@ def _output_first(e: Emitter, weight: Ref, groups: int) -> Ref:
     order = [0, 2, 1, *range(3, grouped.rank)]
     turned = e.op("transpose", grouped, out=tuple(grouped.shape[i] for i in order), axes=order)
     return e.reshape(turned, (groups * outputs, channels // groups, *kernel))
+
+
+def _batched(e: Emitter, x: Ref, weight: Ref) -> Ref:
+    return x if x.rank == weight.rank else e.unsqueeze(x, [0])
+
+
+def pad_end(e: Emitter, x: Ref, behind: Sequence[int]) -> Ref:
+    """Zeros behind the last axes of `x`."""
+    if not any(behind):
+        return x
+    lead = x.rank - len(behind)
+    shape = (*x.shape[:lead], *(d + z for d, z in zip(x.shape[lead:], behind, strict=True)))
+    pads = [(0, 0)] * lead + [(0, z) for z in behind]
+    return e.op("pad", x, out=shape, padding=pads, border="constant", value=0.0)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)
 
 
 def per_axis(values: int | Sequence[int], count: int) -> list[int]:

@@ -21,6 +21,7 @@ F = TypeVar("F", bound=Lowering)
 
 _FAMILIES = (
     "activation",
+    "adaptive",
     "attention",
     "conv",
     "create",
