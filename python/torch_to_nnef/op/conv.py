@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from torch_to_nnef.graph.ir import Shape
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
@@ -90,27 +91,56 @@ def conv_transpose(
     dilation: Sequence[int] = (1,),
 ) -> Ref:
     """The transpose of a convolution: input (N, C, *), weight (C, O / groups, *), bias (O)."""
-    spatial = weight.rank - 2
-    steps, pads = per_axis(stride, spatial), per_axis(padding, spatial)
     x = _batched(e, input, weight)
-    # tract crops the result by the padding and cannot extend it: zeros behind the input do, a stride each.
-    zeros = [max(0, ceil_div(more - p, s)) for more, p, s in zip(per_axis(output_padding, spatial), pads, steps, strict=True)]
-    x = pad_end(e, x, zeros)
-    crops = [p + z * s - m for p, z, s, m in zip(pads, zeros, steps, per_axis(output_padding, spatial), strict=True)]
-    biases = [] if bias is None else [e.unsqueeze(bias, [0])]
-    result = e.op(
-        "deconv",
+    spatial = weight.rank - 2
+    result = transposed(
+        e,
         x,
         _output_first(e, weight, groups),
-        *biases,
-        out=e.out.shape if input.rank == weight.rank else (1, *e.out.shape),
-        border="constant",
-        padding=list(zip(pads, crops, strict=True)),
-        stride=steps,
+        bias,
+        out=e.out.shape if x is input else (1, *e.out.shape),
+        stride=per_axis(stride, spatial),
+        padding=per_axis(padding, spatial),
+        more=per_axis(output_padding, spatial),
         dilation=per_axis(dilation, spatial),
         groups=groups,
     )
-    return result if input.rank == weight.rank else e.squeeze(result, [0])
+    return result if x is input else e.squeeze(result, [0])
+
+
+def transposed(
+    e: Emitter,
+    x: Ref,
+    weight: Ref,
+    bias: Ref | None,
+    *,
+    out: Shape,
+    stride: list[int],
+    padding: list[int],
+    more: list[int],
+    dilation: list[int],
+    groups: int = 1,
+) -> Ref:
+    """`x` (N, C, *) scattered by weight (O, C / groups, *), `more` elements longer on each axis than the arguments say."""
+    # tract crops the result by the padding and cannot extend it: zeros behind the input do, each as long as a stride.
+    zeros = [max(0, -((p - m) // s)) for p, m, s in zip(padding, more, stride, strict=True)]
+    if any(zeros):
+        shape = (*x.shape[:2], *(d + z for d, z in zip(x.shape[2:], zeros, strict=True)))
+        x = e.op("pad", x, out=shape, padding=[(0, 0), (0, 0), *((0, z) for z in zeros)], border="constant", value=0.0)
+    behind = [p + z * s - m for p, z, s, m in zip(padding, zeros, stride, more, strict=True)]
+    biases = [] if bias is None else [e.unsqueeze(bias, [0])]
+    return e.op(
+        "deconv",
+        x,
+        weight,
+        *biases,
+        out=out,
+        border="constant",
+        padding=list(zip(padding, behind, strict=True)),
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+    )
 
 
 def _output_first(e: Emitter, weight: Ref, groups: int) -> Ref:
@@ -129,21 +159,6 @@ def _output_first(e: Emitter, weight: Ref, groups: int) -> Ref:
 
 def _batched(e: Emitter, x: Ref, weight: Ref) -> Ref:
     return x if x.rank == weight.rank else e.unsqueeze(x, [0])
-
-
-def pad_end(e: Emitter, x: Ref, behind: Sequence[int]) -> Ref:
-    """Zeros behind the last axes of `x`."""
-    if not any(behind):
-        return x
-    lead = x.rank - len(behind)
-    shape = (*x.shape[:lead], *(d + z for d, z in zip(x.shape[lead:], behind, strict=True)))
-    pads = [(0, 0)] * lead + [(0, z) for z in behind]
-    return e.op("pad", x, out=shape, padding=pads, border="constant", value=0.0)
-
-
-def ceil_div(a: int, b: int) -> int:
-    """`a / b`, rounded up."""
-    return -(-a // b)
 
 
 def per_axis(values: int | Sequence[int], count: int) -> list[int]:
