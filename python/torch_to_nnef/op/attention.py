@@ -39,6 +39,7 @@ def scaled_dot_product_attention(
         raise e.refuse("dropout in attention; put the model in eval mode")
     if enable_gqa:
         key, value = (_repeat_heads(e, side, query) for side in (key, value))
+    query, key, value = (e.lift(side, len(e.out.shape)) for side in (query, key, value))
     rows, features = query.shape[-2:]
     if scale is None:
         if not isinstance(features, int):

@@ -139,6 +139,10 @@ _FRAGMENTS: dict[str, Fragment] = {
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = min(max(x, 0.0), 6.0);"],
     ),
+    "t2n_rms_norm": (
+        "(x: tensor<scalar>, axes: integer[], eps: scalar) -> (y: tensor<scalar>)",
+        ["y = x * rsqrt(mean_reduce(square(x), axes = axes) + eps);"],
+    ),
     "t2n_selu": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = t2n_elu(x, alpha = 1.6732632, scale = 1.0507010, input_scale = 1.0);"],

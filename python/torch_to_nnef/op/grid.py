@@ -8,6 +8,7 @@ import torch
 
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.emitter import Emitter
+from torch_to_nnef.op.product import contract
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
 
@@ -70,7 +71,7 @@ def affine_grid_generator(e: Emitter, theta: Ref, size: Sequence[Dim], align_cor
     columns.append(e.broadcast_to(e.full(1.0, torch.float32), (*spatial, 1)))
     points = e.op("concat", columns, out=(*spatial, axes + 1), dtype=torch.float32, axis=axes)
     expr = {2: "xyk,nok->nxyo", 3: "xyzk,nok->nxyzo"}[axes]
-    return e.product([points, e.cast(theta, torch.float32)], expr)
+    return contract(e, [points, theta], expr, e.out.shape)
 
 
 def _line(e: Emitter, size: Dim, align_corners: bool) -> Ref:

@@ -97,7 +97,9 @@ def addr(e: Emitter, x: Ref, vec1: Ref, vec2: Ref, beta: Scalar = 1, alpha: Scal
 def _add(e: Emitter, x: Ref, product: Ref, beta: Scalar, alpha: Scalar) -> Ref:
     """beta * x + alpha * product; as in torch, x does not count if beta is 0, whatever it holds."""
     dtype = product.dtype
-    if alpha != 1:
+    if alpha == 0:
+        product = e.op("sub", product, product)  # NaN * 0 is NaN; tract's is 0
+    elif alpha != 1:
         product = e.binary("mul", product, alpha, dtype)
     if beta == 0:
         return product
@@ -118,3 +120,20 @@ def matmul(e: Emitter, x: Ref, other: Ref) -> Ref:
     for axis in added:
         shape.insert(axis, 1)
     return e.squeeze(matrix_product(e, left, right, tuple(shape)), added)
+
+
+@lowers(aten.linalg_cross.default)
+def cross(e: Emitter, x: Ref, other: Ref, dim: int = -1) -> Ref:
+    """The cross product of vectors of 3 along one axis: x[1] y[2] - x[2] y[1] and its turns."""
+    axis, shape = e.axis(dim), e.out.shape
+    sides = [e.lift(side, len(shape)) for side in (x, other)]
+
+    def turned(side: Ref, *positions: int) -> Ref:
+        indices = e.constant(torch.tensor(positions), "positions")
+        return e.op("tract_core_gather", side, indices, out=side.shape, axis=axis)
+
+    first, second = (
+        e.op("mul", turned(sides[0], *left), turned(sides[1], *right))
+        for left, right in (((1, 2, 0), (2, 0, 1)), ((2, 0, 1), (1, 2, 0)))
+    )
+    return e.op("sub", first, second)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
@@ -31,15 +32,47 @@ def layer_norm(
     return _affine(e, e.op("t2n_layer_norm", input, axes=axes, eps=float(eps)), weight, bias)
 
 
+@lowers(aten.native_layer_norm.default)
+def native_layer_norm(
+    e: Emitter,
+    input: Ref,
+    normalized_shape: Sequence[int],
+    weight: Ref | None,
+    bias: Ref | None,
+    eps: float,
+) -> list[Ref]:
+    """Layer norm as decompositions leave it, with the mean and the inverse deviation."""
+    axes = list(range(input.rank - len(normalized_shape), input.rank))
+    return [layer_norm(e, input, normalized_shape, weight, bias, eps), *_statistics(e, input, axes, eps)]
+
+
 @lowers(aten.rms_norm.default)
 def rms_norm(
     e: Emitter, input: Ref, normalized_shape: Sequence[int], weight: Ref | None = None, eps: float | None = None
 ) -> Ref:
-    """X / sqrt(mean(x^2) + eps) over the last axis, times weight; eps defaults to the dtype's epsilon."""
-    if len(normalized_shape) != 1:
-        raise e.refuse("rms_norm over several axes; flatten them first")
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _affine(e, e.op("tract_core_rms_norm", input, axis=input.rank - 1, eps=float(eps)), weight, None)
+    """X / sqrt(mean(x^2) + eps) over the last axes, times weight; eps defaults to the dtype's epsilon."""
+    eps = float(torch.finfo(input.dtype).eps if eps is None else eps)
+    axes = list(range(input.rank - len(normalized_shape), input.rank))
+    if len(axes) == 1:
+        return _affine(e, e.op("tract_core_rms_norm", input, axis=axes[0], eps=eps), weight, None)
+    return _affine(e, e.op("t2n_rms_norm", input, axes=axes, eps=eps), weight, None)
+
+
+@lowers(aten._fused_rms_norm.default)
+def fused_rms_norm(
+    e: Emitter, input: Ref, normalized_shape: Sequence[int], weight: Ref | None, eps: float | None
+) -> list[Ref]:
+    """RMS norm as decompositions leave it; only the values are given."""
+    return [rms_norm(e, input, normalized_shape, weight, eps)]
+
+
+def _statistics(e: Emitter, x: Ref, axes: Sequence[int], eps: float) -> list[Ref]:
+    """Mean and 1 / sqrt(var + eps) over `axes`, which keep size 1."""
+    shape = tuple(1 if i in axes else d for i, d in enumerate(x.shape))
+    mean = e.op("mean_reduce", x, out=shape, axes=list(axes))
+    squares = e.op("square", e.op("sub", x, mean, hint="centered"))
+    variance = e.op("mean_reduce", squares, out=shape, axes=list(axes))
+    return [mean, e.op("rsqrt", e.binary("add", variance, float(eps), x.dtype))]
 
 
 def _affine(e: Emitter, x: Ref, weight: Ref | None, bias: Ref | None) -> Ref:
@@ -59,9 +92,12 @@ def batch_norm(
     training: bool = False,
     eps: float = 1e-5,
 ) -> Ref:
-    """(x - running_mean) / sqrt(running_var + eps) * weight + bias, a channel each (axis 1)."""
-    if training or running_mean is None or running_var is None:
-        raise e.refuse("batch_norm with the statistics of the batch; use eval mode and track_running_stats=True")
+    """(x - mean) / sqrt(var + eps) * weight + bias, a channel each (axis 1); of the batch where no statistics were kept."""
+    if running_mean is None or running_var is None:
+        axes = [a for a in range(input.rank) if a != 1]
+        return _per_channel(e, e.op("t2n_layer_norm", input, axes=axes, eps=float(eps)), weight, bias)
+    if training:
+        raise e.refuse("batch_norm in training mode, which updates its statistics; call model.eval()")
     ones = [torch.ones(1, dtype=input.dtype), torch.zeros(1, dtype=input.dtype)]
     scale = e.constant(ones[0], "scale") if weight is None else weight
     offset = e.constant(ones[1], "offset") if bias is None else bias
@@ -90,12 +126,14 @@ def instance_norm(
     input: Ref,
     weight: Ref | None = None,
     bias: Ref | None = None,
+    running_mean: Ref | None = None,
+    running_var: Ref | None = None,
     use_input_stats: bool = True,
     eps: float = 1e-5,
 ) -> Ref:
     """Layer norm over the positions of each channel; input (N, C, *)."""
     if not use_input_stats:
-        raise e.refuse("instance_norm with running statistics; it is then a batch_norm")
+        return batch_norm(e, input, weight, bias, running_mean, running_var, eps=eps)
     normal = e.op("t2n_layer_norm", input, axes=list(range(2, input.rank)), eps=float(eps))
     return _per_channel(e, normal, weight, bias)
 
@@ -105,12 +143,32 @@ def group_norm(
     e: Emitter, input: Ref, num_groups: int, weight: Ref | None = None, bias: Ref | None = None, eps: float = 1e-5
 ) -> Ref:
     """Layer norm over each group of channels and all positions; input (N, C, *)."""
-    batch, channels, *positions = input.shape
+    normal = e.op("t2n_layer_norm", _grouped(e, input, num_groups), axes=[2], eps=float(eps))
+    return _per_channel(e, e.reshape(normal, input.shape), weight, bias)
+
+
+@lowers(aten.native_group_norm.default)
+def native_group_norm(
+    e: Emitter,
+    input: Ref,
+    weight: Ref | None,
+    bias: Ref | None,
+    N: Dim,
+    C: Dim,
+    HxW: Dim,
+    group: int,
+    eps: float,
+) -> list[Ref]:
+    """Group norm as decompositions leave it, with the mean and the inverse deviation of each group."""
+    statistics = _statistics(e, _grouped(e, input, group), [2], eps)
+    return [group_norm(e, input, group, weight, bias, eps), *(e.squeeze(s, [2]) for s in statistics)]
+
+
+def _grouped(e: Emitter, x: Ref, groups: int) -> Ref:
+    batch, channels, *positions = x.shape
     if not isinstance(channels, int):
         raise e.refuse("the number of channels is dynamic")
-    grouped = e.reshape(input, (batch, num_groups, math.prod([channels // num_groups, *positions])))
-    normal = e.reshape(e.op("t2n_layer_norm", grouped, axes=[2], eps=float(eps)), input.shape)
-    return _per_channel(e, normal, weight, bias)
+    return e.reshape(x, (batch, groups, math.prod([channels // groups, *positions])))
 
 
 def _per_channel(e: Emitter, x: Ref, weight: Ref | None, bias: Ref | None) -> Ref:
