@@ -8,6 +8,7 @@ from torch_to_nnef.exceptions import T2NErrorNotImplemented
 
 _2D = x(2, 3, 9, 8)
 _ANY = {"args_0": {0: "B", 2: "H", 3: "W"}}
+_BOTH = {**_ANY, "args_1": {2: "P", 3: "Q"}}
 _BATCH = {"args_0": {0: "B"}}
 _SMOOTH = [("bilinear", False), ("bilinear", True), ("bicubic", False), ("bicubic", True)]
 
@@ -25,12 +26,12 @@ ROWS = [
     *[resized(f"{mode}_{corners}_size", _BATCH, size=(5, 12), mode=mode, align_corners=corners) for mode, corners in _SMOOTH],
     *[resized(f"{mode}_{corners}_whole_factor", _ANY, scale_factor=2, mode=mode, align_corners=corners) for mode, corners in _SMOOTH],
     *[resized(f"{mode}_{corners}_factor", _ANY, scale_factor=(1.5, 0.5), mode=mode, align_corners=corners) for mode, corners in _SMOOTH],
-    *[Row(f"{mode}_{corners}_like", like(mode, corners), (_2D, x(1, 1, 5, 12)), {**_ANY, "args_1": {2: "P", 3: "Q"}}) for mode, corners in _SMOOTH],
+    *[Row(f"{mode}_{corners}_like", like(mode, corners), (_2D, x(1, 1, 5, 12)), _BOTH) for mode, corners in _SMOOTH],
     *[resized(f"{mode}_antialias", _BATCH, size=(4, 11), mode=mode, antialias=True) for mode in ("bilinear", "bicubic")],
     *[resized(f"{mode}_size", _BATCH, size=(5, 12), mode=mode) for mode in ("nearest", "nearest-exact", "area")],
     *[resized(f"{mode}_whole_factor", _ANY, scale_factor=3, mode=mode) for mode in ("nearest", "nearest-exact")],
     *[resized(f"{mode}_factor", _ANY, scale_factor=(1.5, 0.5), mode=mode) for mode in ("nearest", "nearest-exact")],
-    *[Row(f"{mode}_like", like(mode), (_2D, x(1, 1, 5, 12)), {**_ANY, "args_1": {2: "P", 3: "Q"}}) for mode in ("nearest", "nearest-exact")],
+    *[Row(f"{mode}_like", like(mode), (_2D, x(1, 1, 5, 12)), _BOTH) for mode in ("nearest", "nearest-exact")],
     # 1 / 49 rounds down in f32, so torch takes input 0 once more than 49 times
     resized("nearest_inexact_factor", {"args_0": {0: "B", 2: "T"}}, x(1, 2, 5), scale_factor=49.0),
     resized("linear_down", {"args_0": {0: "B", 2: "T"}}, x(2, 3, 8), scale_factor=0.25, mode="linear"),

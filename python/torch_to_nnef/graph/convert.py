@@ -73,7 +73,9 @@ class _Converter:
 
     def _call(self, node: FxNode) -> None:
         val = node.meta.get("val")
-        if node.target in _CHECKS or isinstance(val, torch.SymFloat):  # a float on the way to a size says itself in the size
+        if node.target in _CHECKS or isinstance(
+            val, torch.SymFloat
+        ):  # a float on the way to a size says itself in the size
             return
         if node.target is operator.getitem:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]

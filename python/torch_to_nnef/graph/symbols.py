@@ -12,7 +12,6 @@ from torch.utils._sympy.functions import FloorDiv, ToFloat, TruncToInt
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
 from torch_to_nnef.graph.ir import Dim
 
-
 # The finest factor of a size that is kept: products with it are exact in f64.
 _DENOMINATOR = 64
 

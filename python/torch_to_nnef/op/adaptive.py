@@ -115,7 +115,7 @@ def _uneven_max(e: Emitter, x: Ref, sizes: list[int], after: list[int]) -> list[
         windows.append(widest)
     lead = x.rank - len(sizes)
     for axis, positions in enumerate(taken, start=lead):
-        if positions != list(range(x.shape[axis])):  # type: ignore[arg-type]  # static, as the caller checked
+        if positions != list(range(x.shape[axis])):
             shape = (*x.shape[:axis], len(positions), *x.shape[axis + 1 :])
             x = e.op("tract_core_gather", x, e.constant(torch.tensor(positions), "positions"), out=shape, axis=axis)
     steps = Windows(windows, windows, [1] * len(windows), [(0, 0)] * len(windows))

@@ -41,7 +41,9 @@ def _spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     inputs, arrow, output = equation.partition("->")
     terms = inputs.split(",")
     free = [a for a in string.ascii_letters if a not in equation]
-    counts = [rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)]
+    counts = [
+        rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)
+    ]
     hidden = "".join(free[: max(counts)])
     named = [term.replace("...", hidden[len(hidden) - count :]) for term, count in zip(terms, counts, strict=True)]
     if not arrow:

@@ -56,7 +56,9 @@ def col2im(
     """The sum of windows (N, C * positions, windows) put where they were taken from: (N, C, H, W)."""
     geometry = list(zip(output_size, kernel_size, stride, padding, dilation, strict=True))
     counts = [_count(*axis) for axis in geometry]
-    left = [size + 2 * p - d * (k - 1) - 1 - (c - 1) * s for (size, k, s, p, d), c in zip(geometry, counts, strict=True)]
+    left = [
+        size + 2 * p - d * (k - 1) - 1 - (c - 1) * s for (size, k, s, p, d), c in zip(geometry, counts, strict=True)
+    ]
     more = [n for n in left if isinstance(n, int)]
     if len(more) < len(left):
         raise e.refuse("folding into a dynamic size that the windows may not fill; use stride 1 or a static size")

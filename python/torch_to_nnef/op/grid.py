@@ -79,4 +79,6 @@ def _line(e: Emitter, size: Dim, align_corners: bool) -> Ref:
     doubled = e.arange(0, 2, size, torch.float32)
     gaps = e.scalar(size - 1, torch.float32)
     span = e.op("max", gaps, 1.0) if isinstance(gaps, Ref) else max(gaps, 1.0)
-    return e.binary("div", e.binary("sub", doubled, gaps, torch.float32), span if align_corners else size, torch.float32)
+    return e.binary(
+        "div", e.binary("sub", doubled, gaps, torch.float32), span if align_corners else size, torch.float32
+    )

@@ -95,7 +95,7 @@ def addr(e: Emitter, x: Ref, vec1: Ref, vec2: Ref, beta: Scalar = 1, alpha: Scal
 
 
 def _add(e: Emitter, x: Ref, product: Ref, beta: Scalar, alpha: Scalar) -> Ref:
-    """beta * x + alpha * product; as in torch, x does not count if beta is 0, whatever it holds."""
+    """The sum, weighted: as in torch, x does not count if beta is 0, whatever it holds."""
     dtype = product.dtype
     if alpha == 0:
         product = e.op("sub", product, product)  # NaN * 0 is NaN; tract's is 0

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
@@ -153,9 +152,6 @@ def native_group_norm(
     input: Ref,
     weight: Ref | None,
     bias: Ref | None,
-    N: Dim,
-    C: Dim,
-    HxW: Dim,
     group: int,
     eps: float,
 ) -> list[Ref]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -158,7 +159,7 @@ def pool(
     windows: Windows,
     out: tuple[Dim, ...],
     dtypes: tuple[torch.dtype, ...] = (),
-    **attributes: str | bool,
+    **attributes: Any,
 ) -> list[Ref]:
     """Run a pooling operator over the last axes of `x`, whatever is in front of them; a result each of `dtypes`."""
     spatial = len(windows.size)
@@ -191,16 +192,14 @@ def _spatial(e: Emitter) -> int:
 
 
 @lowers(aten.max_unpool2d.default)
-def max_unpool2d(e: Emitter, x: Ref, indices: Ref, output_size: Sequence[Dim]) -> Ref:
-    """Zeros of `output_size` with the values of `x` at flat `indices`: the inverse of max pooling with indices."""
+def max_unpool2d(e: Emitter, x: Ref, indices: Ref) -> Ref:
+    """Zeros with the values of `x` at flat `indices`: the inverse of max pooling with indices."""
     return _unpool(e, x, indices, 2)
 
 
 @lowers(aten.max_unpool3d.default)
-def max_unpool3d(
-    e: Emitter, x: Ref, indices: Ref, output_size: Sequence[Dim], stride: Sequence[int], padding: Sequence[int]
-) -> Ref:
-    """The same over volumes; `output_size` already says what stride and padding make."""
+def max_unpool3d(e: Emitter, x: Ref, indices: Ref, stride: Sequence[int], padding: Sequence[int]) -> Ref:
+    """The same over volumes; the size of the output says what stride and padding make."""
     return _unpool(e, x, indices, 3)
 
 

@@ -33,17 +33,13 @@ class Mode:
 
 
 @lowers(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
-def upsample_nearest(
-    e: Emitter, input: Ref, output_size: Sequence[Dim] | None, scale_factors: Sequence[float] | None
-) -> Ref:
+def upsample_nearest(e: Emitter, input: Ref, scale_factors: Sequence[float] | None) -> Ref:
     """Each output takes the input at floor(index / scale)."""
     return _resize(e, input, scale_factors, Mode(aten.upsample_nearest2d.default, "nearest"))
 
 
 @lowers(aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec)
-def upsample_nearest_exact(
-    e: Emitter, input: Ref, output_size: Sequence[Dim] | None, scale_factors: Sequence[float] | None
-) -> Ref:
+def upsample_nearest_exact(e: Emitter, input: Ref, scale_factors: Sequence[float] | None) -> Ref:
     """Each output takes the input at floor((index + 0.5) / scale)."""
     return _resize(e, input, scale_factors, Mode(aten._upsample_nearest_exact2d.default, "nearest"))
 
@@ -67,7 +63,6 @@ _SMOOTH = {
 def upsample_smooth(
     e: Emitter,
     input: Ref,
-    output_size: Sequence[Dim] | None,
     align_corners: bool,
     scale_factors: Sequence[float] | None,
 ) -> Ref:
@@ -79,7 +74,6 @@ def upsample_smooth(
 def upsample_smooth2d(
     e: Emitter,
     x: Ref,
-    output_size: Sequence[Dim],
     align_corners: bool,
     scales_h: float | None = None,
     scales_w: float | None = None,
@@ -89,7 +83,7 @@ def upsample_smooth2d(
 
 
 def _resize(e: Emitter, x: Ref, factors: Sequence[float | None] | None, mode: Mode) -> Ref:
-    """tract's resize where it gives the same; else a product with torch's weights, or their formula if the axis is dynamic."""
+    """The resize of tract where it gives the same; else a product with torch's weights, or their formula if the axis is dynamic."""
     given: list[float | None] = [None] * (x.rank - 2) if factors is None else list(factors)
     axes = list(zip(range(2, x.rank), given, strict=True))
     scales = {axis: scale for axis, factor in axes if (scale := _scale(x.shape[axis], e.out.shape[axis], factor, mode))}

@@ -16,4 +16,6 @@ def along(e: Emitter, x: Ref, axis: int, matrix: torch.Tensor) -> Ref:
     expr = f"z{axes[axis]},{axes}->{axes.replace(axes[axis], 'z')}"
     shape = (*x.shape[:axis], matrix.shape[0], *x.shape[axis + 1 :])
     weights = e.constant(matrix.contiguous(), "weights")
-    return e.op("tract_core_einsum", [weights, e.cast(x, torch.float32)], out=shape, dtype=torch.float32, expr=expr, acc="f32")
+    return e.op(
+        "tract_core_einsum", [weights, e.cast(x, torch.float32)], out=shape, dtype=torch.float32, expr=expr, acc="f32"
+    )
