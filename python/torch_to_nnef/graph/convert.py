@@ -43,6 +43,11 @@ class _Converter:
         self.captured = captured
         self.fqns = captured.fqns()
         self.fx = captured.program.graph
+        if captured.program.graph_signature.input_tokens:
+            effects = sorted({str(n.args[1]) for n in self.fx.nodes if "with_effects" in str(n.target)})
+            raise T2NErrorNotImplemented(
+                f"the model has calls with side effects, which an archive cannot have: {effects}"
+            )
         self.symbols = _name_symbols(captured)
         self.env: dict[FxNode, Any] = {}
         self.inputs: list[Value] = []

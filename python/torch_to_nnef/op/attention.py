@@ -57,6 +57,22 @@ def scaled_dot_product_attention(
     return e.op("t2n_attention_masked", query, key, value, mask, *constants, out=e.out.shape, **attributes)
 
 
+@lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def flash_attention(
+    e: Emitter,
+    query: Ref,
+    key: Ref,
+    value: Ref,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Ref | None = None,
+    scale: float | None = None,
+) -> list[Ref]:
+    """The same as torch picks it on a CPU; the sums that a backward pass wants are not given."""
+    return [scaled_dot_product_attention(e, query, key, value, attn_mask, dropout_p, is_causal, scale=scale)]
+
+
 def _causal(e: Emitter, rows: Dim, columns: Dim) -> Ref:
     """Lower triangle aligned to the top left, as torch defines is_causal."""
     row, column = (e.arange(0, 1, n, torch.int64) for n in (rows, columns))

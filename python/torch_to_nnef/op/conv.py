@@ -59,6 +59,8 @@ def _conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Ref:
+    if not x.dtype.is_floating_point:
+        raise e.refuse("convolution of integers: tract has it for 8 bits only; cast to float")
     spatial = weight.rank - 2
     batched = x.rank == weight.rank
     x = _batched(e, x, weight)
@@ -122,6 +124,8 @@ def transposed(
     groups: int = 1,
 ) -> Ref:
     """`x` (N, C, *) scattered by weight (O, C / groups, *), `more` elements longer on each axis than the arguments say."""
+    if not x.dtype.is_floating_point:
+        raise e.refuse("transposed convolution of integers; cast to float")
     # tract crops the result by the padding and cannot extend it: zeros behind the input do, each as long as a stride.
     zeros = [max(0, -((p - m) // s)) for p, m, s in zip(padding, more, stride, strict=True)]
     if any(zeros):
@@ -129,11 +133,10 @@ def transposed(
         x = e.op("pad", x, out=shape, padding=[(0, 0), (0, 0), *((0, z) for z in zeros)], border="constant", value=0.0)
     behind = [p + z * s - m for p, z, s, m in zip(padding, zeros, stride, more, strict=True)]
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
-    return e.op(
+    # Summed in f32: in f16 every product would be rounded.
+    image = e.op(
         "deconv",
-        x,
-        weight,
-        *biases,
+        *(e.cast(operand, torch.float32) for operand in (x, weight, *biases)),
         out=out,
         border="constant",
         padding=list(zip(padding, behind, strict=True)),
@@ -141,6 +144,7 @@ def transposed(
         dilation=dilation,
         groups=groups,
     )
+    return e.cast(image, x.dtype)
 
 
 def _output_first(e: Emitter, weight: Ref, groups: int) -> Ref:

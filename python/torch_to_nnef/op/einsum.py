@@ -8,7 +8,7 @@ import torch
 
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.product import arranged, contract
+from torch_to_nnef.op.product import arranged, contract, total_over
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
 
@@ -69,16 +69,9 @@ def _diagonal(e: Emitter, x: Ref, first: int, second: int) -> Ref:
     lines = [e.unsqueeze(positions, [a for a in range(x.rank) if a != axis]) for axis in (first, second)]
     zero = e.unsqueeze(e.full(0, x.dtype), list(range(x.rank)))
     kept = e.op("select", e.op("eq", *lines, dtype=torch.bool), x, zero, out=x.shape, dtype=x.dtype)
-    return _sum(e, kept, [second])
+    return total_over(e, kept, [second])
 
 
 def _summed(e: Emitter, x: Ref, axes: str, needed: str) -> tuple[Ref, str]:
     """The sum over the axes that nothing else needs."""
-    return _sum(e, x, [i for i, a in enumerate(axes) if a not in needed]), "".join(a for a in axes if a in needed)
-
-
-def _sum(e: Emitter, x: Ref, axes: list[int]) -> Ref:
-    if not axes:
-        return x
-    shape = tuple(1 if i in axes else d for i, d in enumerate(x.shape))
-    return e.squeeze(e.op("sum_reduce", x, out=shape, axes=axes), axes)
+    return total_over(e, x, [i for i, a in enumerate(axes) if a not in needed]), "".join(a for a in axes if a in needed)

@@ -122,6 +122,22 @@ def matmul(e: Emitter, x: Ref, other: Ref) -> Ref:
     return e.squeeze(matrix_product(e, left, right, tuple(shape)), added)
 
 
+@lowers(aten.linalg_matrix_power.default)
+def matrix_power(e: Emitter, x: Ref, n: int) -> Ref:
+    """The product of `n` times `x`, by squaring."""
+    if n < 0:
+        raise e.refuse("a negative power of a matrix: tract has no inverse; compute it before the export")
+    if n == 0:
+        size = x.shape[-1]
+        row, column = (e.unsqueeze(e.arange(0, 1, size, torch.int64), [a]) for a in (1, 0))
+        return e.broadcast_to(e.cast(e.op("eq", row, column, dtype=torch.bool), x.dtype), e.out.shape)
+    result = x
+    for bit in format(n, "b")[1:]:
+        result = matrix_product(e, result, result, e.out.shape)
+        result = matrix_product(e, result, x, e.out.shape) if bit == "1" else result
+    return result
+
+
 @lowers(aten.linalg_cross.default)
 def cross(e: Emitter, x: Ref, other: Ref, dim: int = -1) -> Ref:
     """The cross product of vectors of 3 along one axis: x[1] y[2] - x[2] y[1] and its turns."""

@@ -25,10 +25,10 @@ def layer_norm(
 ) -> Ref:
     """(x - mean) / sqrt(var + eps) over the last axes, times weight, plus bias."""
     axes = list(range(input.rank - len(normalized_shape), input.rank))
-    if weight is not None and bias is not None:
+    if weight is not None and bias is not None and input.dtype is torch.float32:
         lead = list(range(axes[0]))
         return e.op("t2n_layer_norm_affine", input, weight, bias, out=input.shape, axes=axes, lead=lead, eps=float(eps))
-    return _affine(e, e.op("t2n_layer_norm", input, axes=axes, eps=float(eps)), weight, bias)
+    return _affine(e, _normal(e, input, axes, eps), weight, bias)
 
 
 @lowers(aten.native_layer_norm.default)
@@ -52,9 +52,10 @@ def rms_norm(
     """X / sqrt(mean(x^2) + eps) over the last axes, times weight; eps defaults to the dtype's epsilon."""
     eps = float(torch.finfo(input.dtype).eps if eps is None else eps)
     axes = list(range(input.rank - len(normalized_shape), input.rank))
-    if len(axes) == 1:
-        return _affine(e, e.op("tract_core_rms_norm", input, axis=axes[0], eps=eps), weight, None)
-    return _affine(e, e.op("t2n_rms_norm", input, axes=axes, eps=eps), weight, None)
+    wide = e.cast(input, torch.float32)
+    operator, over = ("tract_core_rms_norm", {"axis": axes[0]}) if len(axes) == 1 else ("t2n_rms_norm", {"axes": axes})
+    normal = e.op(operator, wide, **over, eps=eps)
+    return _affine(e, e.cast(normal, input.dtype), weight, None)
 
 
 @lowers(aten._fused_rms_norm.default)
@@ -63,6 +64,12 @@ def fused_rms_norm(
 ) -> list[Ref]:
     """RMS norm as decompositions leave it; only the values are given."""
     return [rms_norm(e, input, normalized_shape, weight, eps)]
+
+
+def _normal(e: Emitter, x: Ref, axes: Sequence[int], eps: float) -> Ref:
+    """(x - mean) / sqrt(var + eps) over `axes`, in f32: squares of f16 overflow."""
+    wide = e.op("t2n_layer_norm", e.cast(x, torch.float32), axes=list(axes), eps=float(eps))
+    return e.cast(wide, x.dtype)
 
 
 def _statistics(e: Emitter, x: Ref, axes: Sequence[int], eps: float) -> list[Ref]:
@@ -94,7 +101,7 @@ def batch_norm(
     """(x - mean) / sqrt(var + eps) * weight + bias, a channel each (axis 1); of the batch where no statistics were kept."""
     if running_mean is None or running_var is None:
         axes = [a for a in range(input.rank) if a != 1]
-        return _per_channel(e, e.op("t2n_layer_norm", input, axes=axes, eps=float(eps)), weight, bias)
+        return _per_channel(e, _normal(e, input, axes, eps), weight, bias)
     if training:
         raise e.refuse("batch_norm in training mode, which updates its statistics; call model.eval()")
     ones = [torch.ones(1, dtype=input.dtype), torch.zeros(1, dtype=input.dtype)]
@@ -119,6 +126,16 @@ def native_batch_norm(
     return [batch_norm(e, input, weight, bias, running_mean, running_var, training=False, eps=eps)]
 
 
+@lowers(aten._native_batch_norm_legit.no_stats)
+def native_batch_norm_of_batch(
+    e: Emitter, input: Ref, weight: Ref | None, bias: Ref | None, training: bool, eps: float
+) -> list[Ref]:
+    """The same with the statistics of the batch, which are results as well."""
+    axes = [a for a in range(input.rank) if a != 1]
+    statistics = [e.squeeze(s, axes) for s in _statistics(e, input, axes, eps)]
+    return [batch_norm(e, input, weight, bias, None, None, training, eps), *statistics]
+
+
 @lowers(aten.instance_norm.default)
 def instance_norm(
     e: Emitter,
@@ -133,8 +150,7 @@ def instance_norm(
     """Layer norm over the positions of each channel; input (N, C, *)."""
     if not use_input_stats:
         return batch_norm(e, input, weight, bias, running_mean, running_var, eps=eps)
-    normal = e.op("t2n_layer_norm", input, axes=list(range(2, input.rank)), eps=float(eps))
-    return _per_channel(e, normal, weight, bias)
+    return _per_channel(e, _normal(e, input, range(2, input.rank), eps), weight, bias)
 
 
 @lowers(aten.group_norm.default)
@@ -142,7 +158,7 @@ def group_norm(
     e: Emitter, input: Ref, num_groups: int, weight: Ref | None = None, bias: Ref | None = None, eps: float = 1e-5
 ) -> Ref:
     """Layer norm over each group of channels and all positions; input (N, C, *)."""
-    normal = e.op("t2n_layer_norm", _grouped(e, input, num_groups), axes=[2], eps=float(eps))
+    normal = _normal(e, _grouped(e, input, num_groups), [2], eps)
     return _per_channel(e, e.reshape(normal, input.shape), weight, bias)
 
 

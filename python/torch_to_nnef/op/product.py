@@ -26,11 +26,18 @@ def contract(e: Emitter, operands: list[Ref], expr: str, out: Shape) -> Ref:
     inputs, _, output = expr.partition("->")
     axes = output + "".join(sorted(set(inputs) - set(output) - {","}))
     terms = [arranged(e, operand, term, axes) for operand, term in zip(operands, inputs.split(","), strict=True)]
-    summed = list(range(len(output), len(axes)))
-    total = e.op("mul", *terms)
-    if not summed:
-        return total
-    return e.squeeze(e.op("sum_reduce", total, out=(*out, *[1] * len(summed)), axes=summed), summed)
+    return total_over(e, e.op("mul", *terms), list(range(len(output), len(axes))))
+
+
+def total_over(e: Emitter, x: Ref, axes: list[int]) -> Ref:
+    """The sum over `axes`, which are dropped; of integers as the end of a running sum, since tract adds them up in 32 bits."""
+    if x.dtype.is_floating_point and axes:
+        x = e.op("sum_reduce", x, out=tuple(1 if i in axes else d for i, d in enumerate(x.shape)), axes=axes)
+    elif not x.dtype.is_floating_point:
+        for axis in axes:
+            x = e.op("tract_core_cumsum", x, axis=axis, exclusive=False, reverse=True)
+            x = e.slice(x, axis, 0, 1)
+    return e.squeeze(x, axes)
 
 
 def arranged(e: Emitter, x: Ref, axes: str, order: str) -> Ref:

@@ -19,6 +19,15 @@ _RANDOM = "its windows are random, and an archive gives the same output every ti
 _REASONS = {
     _FACTORIZATION: (
         aten.cholesky_inverse.default,
+        aten.inverse.default,
+        aten.linalg_cholesky.default,
+        aten.linalg_inv.default,
+        aten.linalg_ldl_factor.default,
+        aten.linalg_lu_factor.default,
+        aten.linalg_solve.default,
+        aten.linalg_solve_ex.default,
+        aten.linalg_tensorinv.default,
+        aten.linalg_tensorsolve.default,
         aten.cholesky_solve.default,
         aten.geqrf.default,
         aten.linalg_cholesky_ex.default,
