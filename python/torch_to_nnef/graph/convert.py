@@ -43,6 +43,11 @@ class _Converter:
         self.captured = captured
         self.fqns = captured.fqns()
         self.fx = captured.program.graph
+        if captured.program.graph_signature.input_tokens:
+            effects = sorted({str(n.args[1]) for n in self.fx.nodes if "with_effects" in str(n.target)})
+            raise T2NErrorNotImplemented(
+                f"the model has calls with side effects, which an archive cannot have: {effects}"
+            )
         self.symbols = _name_symbols(captured)
         self.env: dict[FxNode, Any] = {}
         self.inputs: list[Value] = []
@@ -73,7 +78,9 @@ class _Converter:
 
     def _call(self, node: FxNode) -> None:
         val = node.meta.get("val")
-        if node.target in _CHECKS:
+        if node.target in _CHECKS or isinstance(
+            val, torch.SymFloat
+        ):  # a float on the way to a size says itself in the size
             return
         if node.target is operator.getitem:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -91,15 +98,17 @@ class _Converter:
         names = [f"{node.name}_{i}" for i in range(len(val))] if many else [node.name]
         outputs = tuple(self._value(n, v) for n, v in zip(names, val if many else [val], strict=True) if v is not None)
         self.env[node] = list(outputs) if many else outputs[0]
-        args, kwargs = self._argument((tuple(node.args), dict(node.kwargs)))
+        args, kwargs = self._argument(node, (tuple(node.args), dict(node.kwargs)))
         return Node(node.name, target, tuple(args), kwargs, outputs, _module_path(node), _source(node))
 
     def _value(self, name: str, val: torch.Tensor) -> Value:
         return Value(name, tuple(self.symbols.dim(d) for d in val.shape), val.dtype)
 
-    def _argument(self, tree: Any) -> Any:
+    def _argument(self, node: FxNode, tree: Any) -> Any:
         def leaf(arg: Any) -> Any:
             if isinstance(arg, FxNode):
+                if arg not in self.env:
+                    raise T2NErrorNotImplemented(f"{node.target} computes with {arg.target}, a float made of sizes")
                 return self.env[arg]
             return self.symbols.dim(arg) if isinstance(arg, torch.SymInt) else arg
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv, ToFloat, TruncToInt
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
 from torch_to_nnef.graph.ir import Dim
+
+# The finest factor of a size that is kept: products with it are exact in f64.
+_DENOMINATOR = 64
 
 
 class Symbols:
@@ -28,8 +33,19 @@ class Symbols:
                 f"the size {expr} depends on the data ({', '.join(map(str, unnamed))}), not on a dynamic axis of an input: "
                 "tract cannot plan such a tensor; compute it with masks (torch.where) or name the axis in dynamic_axes"
             )
-        expr = expr.xreplace(self._rename)
+        expr = expr.xreplace(self._rename).replace(TruncToInt, _whole)
         return int(expr) if expr.is_Integer else expr
+
+
+def _whole(scaled: sympy.Expr) -> sympy.Expr:
+    """The integer part of `factor * float(size)`, in integers where the factor is one a float holds exactly (1.5, 0.25)."""
+    factor, size = scaled.as_coeff_Mul()
+    if isinstance(size, ToFloat) and factor > 0:
+        ratio = Fraction(float(factor))
+        if ratio.denominator <= _DENOMINATOR:
+            whole = size.args[0] * ratio.numerator
+            return whole if ratio.denominator == 1 else FloorDiv(whole, ratio.denominator)
+    return TruncToInt(scaled)
 
 
 def _infix(operator: str) -> Callable[[list[str]], str]:

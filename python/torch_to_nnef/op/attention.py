@@ -39,6 +39,7 @@ def scaled_dot_product_attention(
         raise e.refuse("dropout in attention; put the model in eval mode")
     if enable_gqa:
         key, value = (_repeat_heads(e, side, query) for side in (key, value))
+    query, key, value = (e.lift(side, len(e.out.shape)) for side in (query, key, value))
     rows, features = query.shape[-2:]
     if scale is None:
         if not isinstance(features, int):
@@ -54,6 +55,22 @@ def scaled_dot_product_attention(
     masked = torch.finfo(query.dtype).min if query.dtype is torch.float16 else _MASKED
     constants = [e.constant(torch.full([1] * query.rank, v, dtype=query.dtype), "scalar") for v in (masked, 0.0)]
     return e.op("t2n_attention_masked", query, key, value, mask, *constants, out=e.out.shape, **attributes)
+
+
+@lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def flash_attention(
+    e: Emitter,
+    query: Ref,
+    key: Ref,
+    value: Ref,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Ref | None = None,
+    scale: float | None = None,
+) -> list[Ref]:
+    """The same as torch picks it on a CPU; the sums that a backward pass wants are not given."""
+    return [scaled_dot_product_attention(e, query, key, value, attn_mask, dropout_p, is_causal, scale=scale)]
 
 
 def _causal(e: Emitter, rows: Dim, columns: Dim) -> Ref:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from torch_to_nnef.graph.ir import Shape
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
@@ -58,10 +59,11 @@ def _conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Ref:
+    if not x.dtype.is_floating_point:
+        raise e.refuse("convolution of integers: tract has it for 8 bits only; cast to float")
     spatial = weight.rank - 2
     batched = x.rank == weight.rank
-    if not batched:
-        x = e.unsqueeze(x, [0])
+    x = _batched(e, x, weight)
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
     result = e.op(
         "conv",
@@ -78,7 +80,7 @@ def _conv(
     return result if batched else e.squeeze(result, [0])
 
 
-@lowers(aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+@lowers(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 def conv_transpose(
     e: Emitter,
     input: Ref,
@@ -91,23 +93,58 @@ def conv_transpose(
     dilation: Sequence[int] = (1,),
 ) -> Ref:
     """The transpose of a convolution: input (N, C, *), weight (C, O / groups, *), bias (O)."""
+    x = _batched(e, input, weight)
     spatial = weight.rank - 2
-    if input.rank != weight.rank:
-        raise e.refuse("an input without batch axis; unsqueeze it")
-    biases = [] if bias is None else [e.unsqueeze(bias, [0])]
-    more = per_axis(output_padding, spatial)
-    return e.op(
-        "deconv",
-        input,
+    result = transposed(
+        e,
+        x,
         _output_first(e, weight, groups),
-        *biases,
-        out=e.out.shape,
-        border="constant",
-        padding=[(p, p - m) for p, m in zip(per_axis(padding, spatial), more, strict=True)],
+        bias,
+        out=e.out.shape if x is input else (1, *e.out.shape),
         stride=per_axis(stride, spatial),
+        padding=per_axis(padding, spatial),
+        more=per_axis(output_padding, spatial),
         dilation=per_axis(dilation, spatial),
         groups=groups,
     )
+    return result if x is input else e.squeeze(result, [0])
+
+
+def transposed(
+    e: Emitter,
+    x: Ref,
+    weight: Ref,
+    bias: Ref | None,
+    *,
+    out: Shape,
+    stride: list[int],
+    padding: list[int],
+    more: list[int],
+    dilation: list[int],
+    groups: int = 1,
+) -> Ref:
+    """`x` (N, C, *) scattered by weight (O, C / groups, *), `more` elements longer on each axis than the arguments say."""
+    if not x.dtype.is_floating_point:
+        raise e.refuse("transposed convolution of integers; cast to float")
+    # tract crops the result by the padding and cannot extend it: zeros behind the input do, each as long as a stride.
+    zeros = [max(0, -((p - m) // s)) for p, m, s in zip(padding, more, stride, strict=True)]
+    if any(zeros):
+        shape = (*x.shape[:2], *(d + z for d, z in zip(x.shape[2:], zeros, strict=True)))
+        x = e.op("pad", x, out=shape, padding=[(0, 0), (0, 0), *((0, z) for z in zeros)], border="constant", value=0.0)
+    behind = [p + z * s - m for p, z, s, m in zip(padding, zeros, stride, more, strict=True)]
+    biases = [] if bias is None else [e.unsqueeze(bias, [0])]
+    # Summed in f32: in f16 every product would be rounded.
+    image = e.op(
+        "deconv",
+        *(e.cast(operand, torch.float32) for operand in (x, weight, *biases)),
+        out=out,
+        border="constant",
+        padding=list(zip(padding, behind, strict=True)),
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+    )
+    return e.cast(image, x.dtype)
 
 
 def _output_first(e: Emitter, weight: Ref, groups: int) -> Ref:
@@ -122,6 +159,10 @@ def _output_first(e: Emitter, weight: Ref, groups: int) -> Ref:
     order = [0, 2, 1, *range(3, grouped.rank)]
     turned = e.op("transpose", grouped, out=tuple(grouped.shape[i] for i in order), axes=order)
     return e.reshape(turned, (groups * outputs, channels // groups, *kernel))
+
+
+def _batched(e: Emitter, x: Ref, weight: Ref) -> Ref:
+    return x if x.rank == weight.rank else e.unsqueeze(x, [0])
 
 
 def per_axis(values: int | Sequence[int], count: int) -> list[int]:

@@ -52,6 +52,37 @@ _FRAGMENTS: dict[str, Fragment] = {
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = x * min(max(x + 3.0, 0.0), 6.0) / 6.0;"],
     ),
+    # Torch's cubic convolution of coefficient -0.75, by the distance from the near taps (up to 1) and the far ones.
+    "t2n_cubic_far": (
+        "(d: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = ((d * -0.75 + 3.75) * d - 6.0) * d + 3.0;"],
+    ),
+    "t2n_cubic_near": (
+        "(d: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = (d * 1.25 - 2.25) * d * d + 1.0;"],
+    ),
+    "t2n_interpolate_cubic": (
+        "(x: tensor<scalar>, source: tensor<scalar>, last: tensor<scalar>, axis: integer, around: integer[]) -> (y: tensor<scalar>)",
+        [
+            "first = floor(source);",
+            "part = unsqueeze(source - first, axes = around);",
+            "rest = neg(part) + 1.0;",
+            "a = t2n_neighbour(x, first - 1.0, last, axis = axis) * t2n_cubic_far(part + 1.0);",
+            "b = t2n_neighbour(x, first, last, axis = axis) * t2n_cubic_near(part);",
+            "c = t2n_neighbour(x, first + 1.0, last, axis = axis) * t2n_cubic_near(rest);",
+            "d = t2n_neighbour(x, first + 2.0, last, axis = axis) * t2n_cubic_far(rest + 1.0);",
+            "y = a + b + c + d;",
+        ],
+    ),
+    "t2n_interpolate_linear": (
+        "(x: tensor<scalar>, source: tensor<scalar>, last: tensor<scalar>, axis: integer, around: integer[]) -> (y: tensor<scalar>)",
+        [
+            "first = floor(source);",
+            "a = t2n_neighbour(x, first, last, axis = axis);",
+            "b = t2n_neighbour(x, first + 1.0, last, axis = axis);",
+            "y = a + (b - a) * unsqueeze(source - first, axes = around);",
+        ],
+    ),
     "t2n_layer_norm": (
         "(x: tensor<scalar>, axes: integer[], eps: scalar) -> (y: tensor<scalar>)",
         [
@@ -90,6 +121,11 @@ _FRAGMENTS: dict[str, Fragment] = {
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = x * tanh(t2n_softplus(x, beta = 1.0, threshold = 20.0));"],
     ),
+    # The elements of one axis at whole positions, the edge beyond it.
+    "t2n_neighbour": (
+        "(x: tensor<scalar>, position: tensor<scalar>, last: tensor<scalar>, axis: integer) -> (y: tensor<scalar>)",
+        ['y = tract_core_gather(x, tract_core_cast(min(max(position, 0.0), last), to = "i64"), axis = axis);'],
+    ),
     # tract 0.23.9 reasons on masks made of ranges and cuts a causal one wrongly; it does not look behind abs.
     "t2n_positions": (
         "(length: integer) -> (y: tensor<scalar>)",
@@ -102,6 +138,10 @@ _FRAGMENTS: dict[str, Fragment] = {
     "t2n_relu6": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = min(max(x, 0.0), 6.0);"],
+    ),
+    "t2n_rms_norm": (
+        "(x: tensor<scalar>, axes: integer[], eps: scalar) -> (y: tensor<scalar>)",
+        ["y = x * rsqrt(mean_reduce(square(x), axes = axes) + eps);"],
     ),
     "t2n_selu": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",

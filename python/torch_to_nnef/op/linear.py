@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from torch_to_nnef.op.emitter import Emitter, Scalar
+from torch_to_nnef.op.product import AXES, contract, matrix_product
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
 
 aten = torch.ops.aten
-
-_AXES = "abcdefgh"
 
 
 @lowers(aten.linear.default)
@@ -21,30 +20,92 @@ def linear(e: Emitter, input: Ref, weight: Ref, bias: Ref | None = None) -> Ref:
     of the first, and the second is transposed to it, which for packed blocks is silently wrong (tract-core 0.23.9,
     ops/einsum/einsum_matmul.rs).
     """
-    batch = _AXES[: input.rank - 1]
-    expr = f"nk,{batch}k->{batch}n"
-    if bias is not None and e.out.dtype is torch.float32:
+    batch = AXES[: input.rank - 1]
+    row = "n" if weight.rank == 2 else ""
+    expr = f"{row}k,{batch}k->{batch}{row}"
+    if bias is not None and e.out.dtype is torch.float32 and bias.rank == 1 and row:
         lead = list(range(input.rank - 1))
         return e.op("t2n_linear", weight, input, bias, out=e.out.shape, expr=expr, lead=lead)
-    result = e.product([weight, input], expr)
+    result = contract(e, [weight, input], expr, e.out.shape)
     return result if bias is None else e.binary("add", result, bias, result.dtype)
 
 
-@lowers(aten.addmm.default)
-def addmm(e: Emitter, x: Ref, mat1: Ref, mat2: Ref, beta: Scalar = 1, alpha: Scalar = 1) -> Ref:
-    """Beta * x + alpha * (mat1 @ mat2)."""
-    product = e.op("matmul", mat1, mat2, out=e.out.shape)
-    if alpha != 1:
-        product = e.binary("mul", product, alpha, product.dtype)
-    if beta != 1:
-        x = e.binary("mul", x, beta, x.dtype)
-    return e.binary("add", product, x, product.dtype)
+@lowers(aten.bilinear.default)
+def bilinear(e: Emitter, input1: Ref, input2: Ref, weight: Ref, bias: Ref | None = None) -> Ref:
+    """input1 (*, I) @ weight (N, I, J) @ input2 (*, J), plus bias (N)."""
+    batch, lead = AXES[: input1.rank - 1], input1.shape[:-1]
+    partial = contract(e, [weight, input1], f"nxy,{batch}x->{batch}ny", (*lead, weight.shape[0], weight.shape[2]))
+    result = contract(e, [partial, input2], f"{batch}ny,{batch}y->{batch}n", e.out.shape)
+    return result if bias is None else e.binary("add", result, bias, result.dtype)
 
 
 @lowers(aten.mm.default, aten.bmm.default)
 def mm(e: Emitter, x: Ref, mat2: Ref) -> Ref:
     """Product of matrices, or of batches of them."""
-    return e.op("matmul", x, mat2, out=e.out.shape)
+    return matrix_product(e, x, mat2, e.out.shape)
+
+
+@lowers(aten.mv.default)
+def mv(e: Emitter, x: Ref, vec: Ref) -> Ref:
+    """Matrix times vector."""
+    return contract(e, [x, vec], "nk,k->n", e.out.shape)
+
+
+@lowers(aten.dot.default)
+def dot(e: Emitter, x: Ref, tensor: Ref) -> Ref:
+    """Sum of the products of two vectors."""
+    return contract(e, [x, tensor], "k,k->", ())
+
+
+@lowers(aten.vdot.default)
+def vdot(e: Emitter, x: Ref, other: Ref) -> Ref:
+    """The same: of real numbers, the conjugate is the number."""
+    return dot(e, x, other)
+
+
+@lowers(aten.addmm.default)
+def addmm(e: Emitter, x: Ref, mat1: Ref, mat2: Ref, beta: Scalar = 1, alpha: Scalar = 1) -> Ref:
+    """Beta * x + alpha * (mat1 @ mat2)."""
+    return _add(e, x, matrix_product(e, mat1, mat2, e.out.shape), beta, alpha)
+
+
+@lowers(aten.baddbmm.default)
+def baddbmm(e: Emitter, x: Ref, batch1: Ref, batch2: Ref, beta: Scalar = 1, alpha: Scalar = 1) -> Ref:
+    """Beta * x + alpha * (batch1 @ batch2)."""
+    return _add(e, x, matrix_product(e, batch1, batch2, e.out.shape), beta, alpha)
+
+
+@lowers(aten.addbmm.default)
+def addbmm(e: Emitter, x: Ref, batch1: Ref, batch2: Ref, beta: Scalar = 1, alpha: Scalar = 1) -> Ref:
+    """Beta * x + alpha * the sum of the products of a batch."""
+    return _add(e, x, contract(e, [batch1, batch2], "bik,bkj->ij", e.out.shape), beta, alpha)
+
+
+@lowers(aten.addmv.default)
+def addmv(e: Emitter, x: Ref, mat: Ref, vec: Ref, beta: Scalar = 1, alpha: Scalar = 1) -> Ref:
+    """Beta * x + alpha * (mat @ vec)."""
+    return _add(e, x, contract(e, [mat, vec], "nk,k->n", e.out.shape), beta, alpha)
+
+
+@lowers(aten.addr.default)
+def addr(e: Emitter, x: Ref, vec1: Ref, vec2: Ref, beta: Scalar = 1, alpha: Scalar = 1) -> Ref:
+    """Beta * x + alpha * the products of all elements of two vectors."""
+    dtype = e.out.dtype
+    return _add(e, x, e.binary("mul", e.unsqueeze(vec1, [1]), e.unsqueeze(vec2, [0]), dtype), beta, alpha)
+
+
+def _add(e: Emitter, x: Ref, product: Ref, beta: Scalar, alpha: Scalar) -> Ref:
+    """The sum, weighted: as in torch, x does not count if beta is 0, whatever it holds."""
+    dtype = product.dtype
+    if alpha == 0:
+        product = e.op("sub", product, product)  # NaN * 0 is NaN; tract's is 0
+    elif alpha != 1:
+        product = e.binary("mul", product, alpha, dtype)
+    if beta == 0:
+        return product
+    if beta != 1:
+        x = e.binary("mul", x, beta, dtype)
+    return e.binary("add", product, x, dtype)
 
 
 @lowers(aten.matmul.default)
@@ -58,19 +119,37 @@ def matmul(e: Emitter, x: Ref, other: Ref) -> Ref:
     shape = list(e.out.shape)
     for axis in added:
         shape.insert(axis, 1)
-    product = e.op("matmul", left, right, out=tuple(shape), dtype=e.out.dtype)
-    return e.squeeze(product, added)
+    return e.squeeze(matrix_product(e, left, right, tuple(shape)), added)
 
 
-@lowers(aten.einsum.default)
-def einsum(e: Emitter, equation: str, tensors: list[Ref]) -> Ref:
-    """Sum of products over named axes, for two tensors or one, without ellipsis."""
-    if "." in equation:
-        raise e.refuse("einsum with an ellipsis; name the axes")
-    equation = equation.replace(" ", "")
-    inputs, _, output = equation.partition("->")
-    if "->" not in equation:
-        output = "".join(sorted(c for c in set(inputs) if inputs.count(c) == 1 and c != ","))
-    if any(len(set(term)) != len(term) for term in inputs.split(",")):
-        raise e.refuse("einsum over a diagonal (a repeated axis in one term); use torch.diagonal")
-    return e.product(tensors, f"{inputs}->{output}")
+@lowers(aten.linalg_matrix_power.default)
+def matrix_power(e: Emitter, x: Ref, n: int) -> Ref:
+    """The product of `n` times `x`, by squaring."""
+    if n < 0:
+        raise e.refuse("a negative power of a matrix: tract has no inverse; compute it before the export")
+    if n == 0:
+        size = x.shape[-1]
+        row, column = (e.unsqueeze(e.arange(0, 1, size, torch.int64), [a]) for a in (1, 0))
+        return e.broadcast_to(e.cast(e.op("eq", row, column, dtype=torch.bool), x.dtype), e.out.shape)
+    result = x
+    for bit in format(n, "b")[1:]:
+        result = matrix_product(e, result, result, e.out.shape)
+        result = matrix_product(e, result, x, e.out.shape) if bit == "1" else result
+    return result
+
+
+@lowers(aten.linalg_cross.default)
+def cross(e: Emitter, x: Ref, other: Ref, dim: int = -1) -> Ref:
+    """The cross product of vectors of 3 along one axis: x[1] y[2] - x[2] y[1] and its turns."""
+    axis, shape = e.axis(dim), e.out.shape
+    sides = [e.lift(side, len(shape)) for side in (x, other)]
+
+    def turned(side: Ref, *positions: int) -> Ref:
+        indices = e.constant(torch.tensor(positions), "positions")
+        return e.op("tract_core_gather", side, indices, out=side.shape, axis=axis)
+
+    first, second = (
+        e.op("mul", turned(sides[0], *left), turned(sides[1], *right))
+        for left, right in (((1, 2, 0), (2, 0, 1)), ((2, 0, 1), (1, 2, 0)))
+    )
+    return e.op("sub", first, second)

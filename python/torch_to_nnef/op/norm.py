@@ -25,21 +25,60 @@ def layer_norm(
 ) -> Ref:
     """(x - mean) / sqrt(var + eps) over the last axes, times weight, plus bias."""
     axes = list(range(input.rank - len(normalized_shape), input.rank))
-    if weight is not None and bias is not None:
+    if weight is not None and bias is not None and input.dtype is torch.float32:
         lead = list(range(axes[0]))
         return e.op("t2n_layer_norm_affine", input, weight, bias, out=input.shape, axes=axes, lead=lead, eps=float(eps))
-    return _affine(e, e.op("t2n_layer_norm", input, axes=axes, eps=float(eps)), weight, bias)
+    return _affine(e, _normal(e, input, axes, eps), weight, bias)
+
+
+@lowers(aten.native_layer_norm.default)
+def native_layer_norm(
+    e: Emitter,
+    input: Ref,
+    normalized_shape: Sequence[int],
+    weight: Ref | None,
+    bias: Ref | None,
+    eps: float,
+) -> list[Ref]:
+    """Layer norm as decompositions leave it, with the mean and the inverse deviation."""
+    axes = list(range(input.rank - len(normalized_shape), input.rank))
+    return [layer_norm(e, input, normalized_shape, weight, bias, eps), *_statistics(e, input, axes, eps)]
 
 
 @lowers(aten.rms_norm.default)
 def rms_norm(
     e: Emitter, input: Ref, normalized_shape: Sequence[int], weight: Ref | None = None, eps: float | None = None
 ) -> Ref:
-    """X / sqrt(mean(x^2) + eps) over the last axis, times weight; eps defaults to the dtype's epsilon."""
-    if len(normalized_shape) != 1:
-        raise e.refuse("rms_norm over several axes; flatten them first")
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _affine(e, e.op("tract_core_rms_norm", input, axis=input.rank - 1, eps=float(eps)), weight, None)
+    """X / sqrt(mean(x^2) + eps) over the last axes, times weight; eps defaults to the dtype's epsilon."""
+    eps = float(torch.finfo(input.dtype).eps if eps is None else eps)
+    axes = list(range(input.rank - len(normalized_shape), input.rank))
+    wide = e.cast(input, torch.float32)
+    operator, over = ("tract_core_rms_norm", {"axis": axes[0]}) if len(axes) == 1 else ("t2n_rms_norm", {"axes": axes})
+    normal = e.op(operator, wide, **over, eps=eps)
+    return _affine(e, e.cast(normal, input.dtype), weight, None)
+
+
+@lowers(aten._fused_rms_norm.default)
+def fused_rms_norm(
+    e: Emitter, input: Ref, normalized_shape: Sequence[int], weight: Ref | None, eps: float | None
+) -> list[Ref]:
+    """RMS norm as decompositions leave it; only the values are given."""
+    return [rms_norm(e, input, normalized_shape, weight, eps)]
+
+
+def _normal(e: Emitter, x: Ref, axes: Sequence[int], eps: float) -> Ref:
+    """(x - mean) / sqrt(var + eps) over `axes`, in f32: squares of f16 overflow."""
+    wide = e.op("t2n_layer_norm", e.cast(x, torch.float32), axes=list(axes), eps=float(eps))
+    return e.cast(wide, x.dtype)
+
+
+def _statistics(e: Emitter, x: Ref, axes: Sequence[int], eps: float) -> list[Ref]:
+    """Mean and 1 / sqrt(var + eps) over `axes`, which keep size 1."""
+    shape = tuple(1 if i in axes else d for i, d in enumerate(x.shape))
+    mean = e.op("mean_reduce", x, out=shape, axes=list(axes))
+    squares = e.op("square", e.op("sub", x, mean, hint="centered"))
+    variance = e.op("mean_reduce", squares, out=shape, axes=list(axes))
+    return [mean, e.op("rsqrt", e.binary("add", variance, float(eps), x.dtype))]
 
 
 def _affine(e: Emitter, x: Ref, weight: Ref | None, bias: Ref | None) -> Ref:
@@ -59,9 +98,12 @@ def batch_norm(
     training: bool = False,
     eps: float = 1e-5,
 ) -> Ref:
-    """(x - running_mean) / sqrt(running_var + eps) * weight + bias, a channel each (axis 1)."""
-    if training or running_mean is None or running_var is None:
-        raise e.refuse("batch_norm with the statistics of the batch; use eval mode and track_running_stats=True")
+    """(x - mean) / sqrt(var + eps) * weight + bias, a channel each (axis 1); of the batch where no statistics were kept."""
+    if running_mean is None or running_var is None:
+        axes = [a for a in range(input.rank) if a != 1]
+        return _per_channel(e, _normal(e, input, axes, eps), weight, bias)
+    if training:
+        raise e.refuse("batch_norm in training mode, which updates its statistics; call model.eval()")
     ones = [torch.ones(1, dtype=input.dtype), torch.zeros(1, dtype=input.dtype)]
     scale = e.constant(ones[0], "scale") if weight is None else weight
     offset = e.constant(ones[1], "offset") if bias is None else bias
@@ -84,20 +126,31 @@ def native_batch_norm(
     return [batch_norm(e, input, weight, bias, running_mean, running_var, training=False, eps=eps)]
 
 
+@lowers(aten._native_batch_norm_legit.no_stats)
+def native_batch_norm_of_batch(
+    e: Emitter, input: Ref, weight: Ref | None, bias: Ref | None, training: bool, eps: float
+) -> list[Ref]:
+    """The same with the statistics of the batch, which are results as well."""
+    axes = [a for a in range(input.rank) if a != 1]
+    statistics = [e.squeeze(s, axes) for s in _statistics(e, input, axes, eps)]
+    return [batch_norm(e, input, weight, bias, None, None, training, eps), *statistics]
+
+
 @lowers(aten.instance_norm.default)
 def instance_norm(
     e: Emitter,
     input: Ref,
     weight: Ref | None = None,
     bias: Ref | None = None,
+    running_mean: Ref | None = None,
+    running_var: Ref | None = None,
     use_input_stats: bool = True,
     eps: float = 1e-5,
 ) -> Ref:
     """Layer norm over the positions of each channel; input (N, C, *)."""
     if not use_input_stats:
-        raise e.refuse("instance_norm with running statistics; it is then a batch_norm")
-    normal = e.op("t2n_layer_norm", input, axes=list(range(2, input.rank)), eps=float(eps))
-    return _per_channel(e, normal, weight, bias)
+        return batch_norm(e, input, weight, bias, running_mean, running_var, eps=eps)
+    return _per_channel(e, _normal(e, input, range(2, input.rank), eps), weight, bias)
 
 
 @lowers(aten.group_norm.default)
@@ -105,12 +158,29 @@ def group_norm(
     e: Emitter, input: Ref, num_groups: int, weight: Ref | None = None, bias: Ref | None = None, eps: float = 1e-5
 ) -> Ref:
     """Layer norm over each group of channels and all positions; input (N, C, *)."""
-    batch, channels, *positions = input.shape
+    normal = _normal(e, _grouped(e, input, num_groups), [2], eps)
+    return _per_channel(e, e.reshape(normal, input.shape), weight, bias)
+
+
+@lowers(aten.native_group_norm.default)
+def native_group_norm(
+    e: Emitter,
+    input: Ref,
+    weight: Ref | None,
+    bias: Ref | None,
+    group: int,
+    eps: float,
+) -> list[Ref]:
+    """Group norm as decompositions leave it, with the mean and the inverse deviation of each group."""
+    statistics = _statistics(e, _grouped(e, input, group), [2], eps)
+    return [group_norm(e, input, group, weight, bias, eps), *(e.squeeze(s, [2]) for s in statistics)]
+
+
+def _grouped(e: Emitter, x: Ref, groups: int) -> Ref:
+    batch, channels, *positions = x.shape
     if not isinstance(channels, int):
         raise e.refuse("the number of channels is dynamic")
-    grouped = e.reshape(input, (batch, num_groups, math.prod([channels // num_groups, *positions])))
-    normal = e.reshape(e.op("t2n_layer_norm", grouped, axes=[2], eps=float(eps)), input.shape)
-    return _per_channel(e, normal, weight, bias)
+    return e.reshape(x, (batch, groups, math.prod([channels // groups, *positions])))
 
 
 def _per_channel(e: Emitter, x: Ref, weight: Ref | None, bias: Ref | None) -> Ref:

@@ -21,16 +21,22 @@ F = TypeVar("F", bound=Lowering)
 
 _FAMILIES = (
     "activation",
+    "adaptive",
     "attention",
     "conv",
     "create",
+    "einsum",
     "elementwise",
+    "distance",
+    "fold",
+    "grid",
     "index",
     "linear",
     "norm",
     "pool",
     "resize",
     "reduce",
+    "refused",
     "shape",
 )
 # Arguments that change where or how torch computes, never the values an archive gives: dtype is read from the output.
@@ -53,7 +59,22 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 # Arguments that the shapes of the outputs say as well; handlers read those instead.
-_SAID_BY_OUTPUT = frozenset({"size", "shape", "sizes", "split_size", "split_sizes", "chunks", "start_dim", "end_dim"})
+_SAID_BY_OUTPUT = frozenset(
+    {
+        "size",
+        "shape",
+        "sizes",
+        "split_size",
+        "split_sizes",
+        "chunks",
+        "start_dim",
+        "end_dim",
+        "output_size",
+        "N",
+        "C",
+        "HxW",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +104,7 @@ class OpTable:
             for op in ops:
                 if op in self._handlers:
                     raise T2NErrorInvalidArgument(f"{op} has a handler already: {self._handlers[op].lower.__module__}")
-                unknown = set(reads) - {_parameter(a.name) for a in op._schema.arguments}
+                unknown = set(reads) - {parameter(a.name) for a in op._schema.arguments}
                 if unknown:
                     raise T2NErrorInvalidArgument(f"the handler of {op} reads {sorted(unknown)}, not in {op._schema}")
                 self._handlers[op] = Handler(lower, reads)
@@ -105,7 +126,7 @@ class OpTable:
         handler = self._handlers[node.target]
         given = _bind(node.target, args, kwargs)
         for argument in node.target._schema.arguments:
-            name = _parameter(argument.name)
+            name = parameter(argument.name)
             if name in handler.reads or name in _WITHOUT_EFFECT | _SAID_BY_OUTPUT or name not in given:
                 continue
             if given[name] != argument.default_value:
@@ -115,14 +136,15 @@ class OpTable:
         return handler.lower(emitter, **{name: given[name] for name in handler.reads if name in given})
 
 
-def _parameter(schema_name: str) -> str:
+def parameter(schema_name: str) -> str:
+    """Name a handler has for an argument of the schema."""
     return "x" if schema_name == "self" else schema_name
 
 
 def _bind(op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Schema argument -> value, only for those the call gives."""
-    names = [_parameter(a.name) for a in op._schema.arguments]
-    return dict(zip(names, args, strict=False)) | {_parameter(k): v for k, v in kwargs.items()}
+    names = [parameter(a.name) for a in op._schema.arguments]
+    return dict(zip(names, args, strict=False)) | {parameter(k): v for k, v in kwargs.items()}
 
 
 OPS = OpTable()
