@@ -24,13 +24,16 @@ _FAMILIES = (
     "attention",
     "conv",
     "create",
+    "divide",
     "elementwise",
     "index",
     "linear",
+    "logic",
     "norm",
     "pool",
     "resize",
     "reduce",
+    "scan",
     "shape",
 )
 # Arguments that change where or how torch computes, never the values an archive gives: dtype is read from the output.
