@@ -268,6 +268,38 @@ def nan_to_num(
     return result
 
 
+@lowers(aten.angle.default)
+def angle(e: Emitter, x: Ref) -> Ref:
+    """Pi below zero, 0 above; nan is kept."""
+    x = e.cast(x, e.out.dtype)
+    above = select(e, e.op("ne", x, x, dtype=torch.bool), x, 0)
+    return select(e, compare(e, "lt", x, 0), math.pi, above)
+
+
+@lowers(aten.round.decimals)
+def round_decimals(e: Emitter, x: Ref, decimals: int) -> Ref:
+    """To the nearest multiple of 10^-decimals, as torch computes it."""
+    scale = 10.0 ** abs(decimals)
+    there, back = ("mul", "div") if decimals > 0 else ("div", "mul")
+    whole = e.op("tract_core_round_even", e.binary(there, x, scale, x.dtype))
+    return e.binary(back, whole, scale, x.dtype) if decimals else e.op("tract_core_round_even", x)
+
+
+@lowers(aten.frexp.Tensor)
+def frexp(e: Emitter, x: Ref) -> list[Ref]:
+    """Mantissa in [1/2, 1) and exponent of 2; logarithms are in f64, whose last bits one comparison corrects."""
+    wide = e.cast(x, torch.float64)
+    one, zero = (e.full(value, torch.float64) for value in (1, 0))
+    two = e.full(2, torch.float64)
+    magnitude = e.op("abs", wide)
+    finite = e.binary("and", compare(e, "gt", magnitude, 0), compare(e, "lt", magnitude, math.inf), torch.bool)
+    guess = e.op("round", e.op("t2n_log2", e.op("select", finite, magnitude, one)))
+    high = e.op("ge", magnitude, e.op("pow", two, guess), dtype=torch.bool)
+    exponent = e.op("select", finite, e.op("add", guess, e.cast(high, torch.float64)), zero)
+    mantissa = e.op("div", wide, e.op("pow", two, exponent))
+    return [e.cast(mantissa, x.dtype), e.cast(exponent, torch.int32)]
+
+
 @lowers(aten.where.self)
 def where(e: Emitter, condition: Ref, x: Ref, other: Ref) -> Ref:
     """Choose by condition, all three broadcast."""

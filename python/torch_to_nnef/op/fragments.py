@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch_to_nnef.op.fragments_math import MATH
+from torch_to_nnef.op.fragments_special import SPECIAL
 from torch_to_nnef.op.statement import Fragment
 
 # name -> (signature, body lines). Literals stand right of tensors: tract casts them to the tensor's type.
@@ -32,10 +33,6 @@ _FRAGMENTS: dict[str, Fragment] = {
     "t2n_elu": (
         "(x: tensor<scalar>, alpha: scalar, scale: scalar, input_scale: scalar) -> (y: tensor<scalar>)",
         ["y = (max(x, 0.0) + (exp(min(x, 0.0) * input_scale) - 1.0) * alpha) * scale;"],
-    ),
-    "t2n_erfc": (
-        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
-        ["y = 1.0 - tract_core_erf(x);"],
     ),
     "t2n_gelu": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
@@ -117,7 +114,7 @@ _FRAGMENTS: dict[str, Fragment] = {
 
 def in_use(operators: Iterable[str], own: Mapping[str, Fragment]) -> dict[str, str]:
     """Text of every fragment that `operators` need and of all the document's `own`, those within fragments included, by name."""
-    known = {**_FRAGMENTS, **MATH, **own}
+    known = {**_FRAGMENTS, **MATH, **SPECIAL, **own}
     wanted, found = {*operators, *own}, set[str]()
     while new := (wanted & known.keys()) - found:
         found |= new

@@ -35,6 +35,8 @@ _FAMILIES = (
     "reduce",
     "scan",
     "shape",
+    "sort",
+    "special",
 )
 # Arguments that change where or how torch computes, never the values an archive gives: dtype is read from the output.
 _WITHOUT_EFFECT = frozenset(
