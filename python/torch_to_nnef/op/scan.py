@@ -15,6 +15,8 @@ from torch_to_nnef.op.statement import Ref
 aten = torch.ops.aten
 
 _PRODUCT = "y = before * x;"
+# The smallest numbers that need n steps of Euclid's algorithm are Fibonacci's; these counts are beyond each type's last.
+_EUCLID = {torch.uint8: 14, torch.int8: 12, torch.int16: 24, torch.int32: 48, torch.int64: 94}
 _LOG_OF_SUM = "y = t2n_logaddexp(before, x);"
 
 
@@ -110,3 +112,51 @@ def _wide(e: Emitter) -> torch.dtype:
 
 def _along(start: Ref, axis: int, length: Dim) -> Shape:
     return (*start.shape[:axis], length, *start.shape[axis + 1 :])
+
+
+@lowers(aten.diff.default)
+def diff(e: Emitter, x: Ref, n: int = 1, dim: int = -1, prepend: Ref | None = None, append: Ref | None = None) -> Ref:
+    """Differences of neighbours along one axis, n times; of booleans, whether they differ."""
+    axis, dtype = dim % x.rank, e.out.dtype
+    parts = [e.cast(part, dtype) for part in (prepend, x, append) if part is not None]
+    length = sum(part.shape[axis] for part in parts)
+    joined = e.op("concat", parts, out=_along(x, axis, length), axis=axis, dtype=dtype) if len(parts) > 1 else parts[0]
+    operator = "tract_core_xor" if dtype is torch.bool else "sub"
+    for _ in range(n):
+        length = length - 1
+        joined = e.binary(operator, e.slice(joined, axis, 1, length), e.slice(joined, axis, 0, length), dtype)
+    return joined
+
+
+@lowers(aten.gcd.default)
+def gcd(e: Emitter, x: Ref, other: Ref) -> Ref:
+    """Euclid's algorithm, as many steps as the widest numbers can need; a step after the last changes nothing.
+
+    tract wants a scanned input, and that it be read: the count of turns.
+    """
+    dtype = e.out.dtype
+    body = e.define(
+        "t2n_gcd_step",
+        "(turn: tensor<scalar>, a: tensor<scalar>, b: tensor<scalar>, zero: tensor<scalar>, one: tensor<scalar>)"
+        " -> (next_a: tensor<scalar>, next_b: tensor<scalar>)",
+        [
+            "done = or(eq(b, zero), turn < zero);",
+            "next_a = select(done, a, b);",
+            "next_b = select(done, b, t2n_fmod_integer(a, select(done, one, b)));",
+        ],
+    )
+    shape = (1, *e.out.shape)
+    a, b = (e.unsqueeze(e.broadcast_to(e.cast(side, dtype), e.out.shape), [0]) for side in (x, other))
+    turns = e.op("t2n_positions", out=(_EUCLID[dtype],), dtype=torch.int64, hint="turns", length=_EUCLID[dtype])
+    turns = e.unsqueeze(e.cast(turns, dtype), range(1, len(shape)))
+    constants = {"zero": e.full(0, dtype), "one": e.full(1, dtype)}
+    states = {"a": (a, "next_a"), "b": (b, "next_b")}
+    reached = scan(e, body, 0, {"turn": turns}, states, constants)[0]
+    return e.op("abs", e.squeeze(e.slice(reached, 0, _EUCLID[dtype] - 1, 1), [0]))
+
+
+@lowers(aten.lcm.default)
+def lcm(e: Emitter, x: Ref, other: Ref) -> Ref:
+    """|x / gcd * other|, 0 where both are."""
+    divisor = e.op("max", gcd(e, x, other), e.full(1))
+    return e.op("abs", e.binary("mul", e.binary("div", x, divisor, e.out.dtype), other, e.out.dtype))
