@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from torch_to_nnef.op.emitter import Emitter
+from torch_to_nnef.op.elementwise import clamp, compare, select
+from torch_to_nnef.op.emitter import Emitter, Scalar
 from torch_to_nnef.op.registry import Lowering, lowers
 from torch_to_nnef.op.statement import Ref
 
@@ -72,11 +73,39 @@ def softplus(e: Emitter, x: Ref, beta: float = 1, threshold: float = 20) -> Ref:
     return e.op("t2n_softplus", x, beta=float(beta), threshold=float(threshold))
 
 
+@lowers(aten.threshold.default)
+def threshold(e: Emitter, x: Ref, threshold: Scalar, value: Scalar) -> Ref:
+    """X above threshold, else `value`."""
+    return select(e, compare(e, "gt", x, threshold), x, value)
+
+
+@lowers(aten.hardshrink.default)
+def hardshrink(e: Emitter, x: Ref, lambd: Scalar = 0.5) -> Ref:
+    """0 between -lambd and lambd, else x."""
+    inside = e.binary("and", compare(e, "ge", x, -lambd), compare(e, "le", x, lambd), torch.bool)
+    return select(e, inside, 0, x)
+
+
+@lowers(aten.softshrink.default)
+def softshrink(e: Emitter, x: Ref, lambd: Scalar = 0.5) -> Ref:
+    """0 between -lambd and lambd, else x moved by lambd towards 0."""
+    return e.op("sub", x, clamp(e, x, -lambd, lambd))
+
+
+@lowers(aten.rrelu.default)
+def rrelu(e: Emitter, x: Ref, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False) -> Ref:
+    """Out of training, leaky_relu with the mean of both slopes."""
+    if training:
+        raise e.refuse("random slopes; put the model in eval mode")
+    return leaky_relu(e, x, (lower + upper) / 2)
+
+
 @lowers(aten.prelu.default)
 def prelu(e: Emitter, x: Ref, weight: Ref) -> Ref:
     """x, or weight * x below zero, one weight a channel (axis 1)."""
     one_a_channel = weight.shape != (1,) and x.rank > 1
     weight = e.unsqueeze(weight, [0, *range(2, x.rank)]) if one_a_channel else e.lift(weight, x.rank)
+    weight = weight if x.rank else e.squeeze(weight, range(weight.rank))
     return e.op("t2n_prelu", x, weight)
 
 

@@ -1,13 +1,13 @@
-"""Element-wise arithmetic, comparison and logic."""
+"""Element-wise arithmetic and choice."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import math
 
 import torch
 
-from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.emitter import Emitter, Scalar
+from torch_to_nnef.op.operand import Operand, aligned, as_ref, elementwise, promoted
 from torch_to_nnef.op.registry import Lowering, lowers
 from torch_to_nnef.op.statement import Ref
 
@@ -15,92 +15,55 @@ aten = torch.ops.aten
 
 # NNEF operator -> ATen op of one tensor; the input is first cast to the dtype torch computes in.
 _UNARY = {
-    "abs": aten.abs.default,
     "acos": aten.acos.default,
     "acosh": aten.acosh.default,
     "asin": aten.asin.default,
     "asinh": aten.asinh.default,
     "atan": aten.atan.default,
     "atanh": aten.atanh.default,
-    "ceil": aten.ceil.default,
     "cos": aten.cos.default,
     "cosh": aten.cosh.default,
     "exp": aten.exp.default,
-    "floor": aten.floor.default,
     "log": aten.log.default,
     "neg": aten.neg.default,
-    "not": aten.logical_not.default,
     "recip": aten.reciprocal.default,
     "rsqrt": aten.rsqrt.default,
     "sigmoid": aten.sigmoid.default,
-    "sign": aten.sign.default,
     "sin": aten.sin.default,
     "sinh": aten.sinh.default,
     "sqrt": aten.sqrt.default,
-    "square": aten.square.default,
     "tan": aten.tan.default,
     "tanh": aten.tanh.default,
-    "t2n_erfc": aten.erfc.default,
+    "tract_core_erf": aten.erf.default,
     "t2n_expm1": aten.expm1.default,
     "t2n_log10": aten.log10.default,
     "t2n_log1p": aten.log1p.default,
     "t2n_log2": aten.log2.default,
+}
+# Of integers and booleans these are the input.
+_ROUNDING = {
+    "ceil": aten.ceil.default,
+    "floor": aten.floor.default,
     "t2n_trunc": aten.trunc.default,
-    "tract_core_erf": aten.erf.default,
     "tract_core_round_even": aten.round.default,
 }
+# On booleans these are the input.
+_SIGNED = {"abs": [aten.abs.default], "sign": [aten.sign.default, aten.sgn.default]}
+# NNEF operator, and what it is on booleans -> ATen ops.
 _ARITHMETIC = {
-    "mul": [aten.mul.Tensor, aten.mul.Scalar],
-    "max": [aten.maximum.default],
-    "min": [aten.minimum.default],
-    "pow": [aten.pow.Tensor_Tensor, aten.pow.Scalar],
+    ("mul", "and"): [aten.mul.Tensor, aten.mul.Scalar],
+    ("t2n_maximum", "or"): [aten.maximum.default],
+    ("t2n_minimum", "and"): [aten.minimum.default],
 }
-_COMPARISON = {
-    "eq": [aten.eq.Tensor, aten.eq.Scalar],
-    "ge": [aten.ge.Tensor, aten.ge.Scalar],
-    "gt": [aten.gt.Tensor, aten.gt.Scalar],
-    "le": [aten.le.Tensor, aten.le.Scalar],
-    "lt": [aten.lt.Tensor, aten.lt.Scalar],
-    "ne": [aten.ne.Tensor, aten.ne.Scalar],
+# Fragments of two tensors of floats. f16 is computed in f32, and what may overflow on its way in f64.
+_BINARY = {
+    "t2n_atan2": [aten.atan2.default],
+    "t2n_copysign": [aten.copysign.Tensor, aten.copysign.Scalar],
+    "t2n_logaddexp": [aten.logaddexp.default],
+    "t2n_logaddexp2": [aten.logaddexp2.default],
+    "t2n_xlogy": [aten.xlogy.Tensor, aten.xlogy.Scalar_Self, aten.xlogy.Scalar_Other],
 }
-_LOGIC = {
-    "and": [aten.logical_and.default],
-    "or": [aten.logical_or.default],
-    "tract_core_xor": [aten.logical_xor.default],
-}
-_BITWISE = {
-    ("and", "tract_core_bitand"): [
-        aten.bitwise_and.Tensor,
-        aten.bitwise_and.Scalar,
-        aten.__and__.Tensor,
-        aten.__and__.Scalar,
-    ],
-    ("or", "tract_core_bitor"): [
-        aten.bitwise_or.Tensor,
-        aten.bitwise_or.Scalar,
-        aten.__or__.Tensor,
-        aten.__or__.Scalar,
-    ],
-    ("tract_core_xor", "tract_core_bitxor"): [
-        aten.bitwise_xor.Tensor,
-        aten.bitwise_xor.Scalar,
-        aten.__xor__.Tensor,
-        aten.__xor__.Scalar,
-    ],
-}
-
-Operand: TypeAlias = Ref | Scalar | Dim
-
-
-def _promoted(a: Operand, b: Operand) -> torch.dtype:
-    """The dtype torch computes `a op b` in: dimensioned tensors win over scalars and rank-0 tensors of the same category."""
-    return torch.result_type(_stand_in(a), _stand_in(b))
-
-
-def _stand_in(side: Operand) -> torch.Tensor | Scalar:
-    if isinstance(side, Ref):
-        return torch.empty([1] * side.rank, dtype=side.dtype)
-    return side if isinstance(side, (bool, int, float)) else 0
+_WIDE_BINARY = {"t2n_hypot": [aten.hypot.default]}
 
 
 def _unary(operator: str) -> Lowering:
@@ -110,51 +73,53 @@ def _unary(operator: str) -> Lowering:
     return lower
 
 
-def _arithmetic(operator: str) -> Lowering:
+def _rounding(operator: str) -> Lowering:
+    def lower(e: Emitter, x: Ref) -> Ref:
+        return e.op(operator, x) if x.dtype.is_floating_point else x
+
+    return lower
+
+
+def _signed(operator: str) -> Lowering:
+    def lower(e: Emitter, x: Ref) -> Ref:
+        return x if x.dtype is torch.bool else e.op(operator, x)
+
+    return lower
+
+
+def _arithmetic(operator: str, logical: str) -> Lowering:
     def lower(e: Emitter, x: Operand, other: Operand) -> Ref:
+        if e.out.dtype is torch.bool:
+            return e.binary(logical, x, other, torch.bool)
+        # tract makes the square of what is multiplied by itself, and has none of integers.
+        if operator == "mul" and x == other and not e.out.dtype.is_floating_point:
+            return e.op("t2n_square_integer", as_ref(e, x, e.out.dtype))
+        if not e.out.dtype.is_floating_point:
+            return e.binary(operator.removeprefix("t2n_").removesuffix("imum"), x, other, e.out.dtype)
         return e.binary(operator, x, other, e.out.dtype)
 
     return lower
 
 
-def _power(operator: str) -> Lowering:
-    def lower(e: Emitter, x: Operand, exponent: Operand) -> Ref:
-        return e.binary(operator, x, exponent, e.out.dtype)
-
-    return lower
-
-
-def _comparison(operator: str) -> Lowering:
+def _binary(fragment: str, dtype: torch.dtype) -> Lowering:
     def lower(e: Emitter, x: Operand, other: Operand) -> Ref:
-        return e.binary(operator, x, other, _promoted(x, other), result=torch.bool)
-
-    return lower
-
-
-def _logic(operator: str) -> Lowering:
-    def lower(e: Emitter, x: Ref, other: Ref) -> Ref:
-        return e.binary(operator, x, other, torch.bool)
-
-    return lower
-
-
-def _bitwise(logical: str, bits: str) -> Lowering:
-    def lower(e: Emitter, x: Operand, other: Operand) -> Ref:
-        return e.binary(logical if e.out.dtype is torch.bool else bits, x, other, e.out.dtype)
+        widest = torch.promote_types(dtype, e.out.dtype)
+        return e.cast(elementwise(e, fragment, x, other, dtype=widest), e.out.dtype)
 
     return lower
 
 
 for _operator, _op in _UNARY.items():
     lowers(_op)(_unary(_operator))
-for _operator, _ops in _ARITHMETIC.items():
-    lowers(*_ops)((_power if _operator == "pow" else _arithmetic)(_operator))
-for _operator, _ops in _COMPARISON.items():
-    lowers(*_ops)(_comparison(_operator))
-for _operator, _ops in _LOGIC.items():
-    lowers(*_ops)(_logic(_operator))
-for (_logical, _bits), _ops in _BITWISE.items():
-    lowers(*_ops)(_bitwise(_logical, _bits))
+for _operator, _op in _ROUNDING.items():
+    lowers(_op)(_rounding(_operator))
+for _operator, _ops in _SIGNED.items():
+    lowers(*_ops)(_signed(_operator))
+for (_operator, _logical), _ops in _ARITHMETIC.items():
+    lowers(*_ops)(_arithmetic(_operator, _logical))
+for _table, _dtype in ((_BINARY, torch.float32), (_WIDE_BINARY, torch.float64)):
+    for _operator, _ops in _table.items():
+        lowers(*_ops)(_binary(_operator, _dtype))
 
 
 def _scaled(e: Emitter, side: Operand, alpha: Scalar) -> Operand:
@@ -166,8 +131,9 @@ def _scaled(e: Emitter, side: Operand, alpha: Scalar) -> Operand:
 @lowers(aten.add.Tensor, aten.add.Scalar)
 def add(e: Emitter, x: Operand, other: Operand, alpha: Scalar = 1) -> Ref:
     """X + alpha * other; on booleans, or."""
-    operator = "or" if e.out.dtype is torch.bool else "add"
-    return e.binary(operator, x, _scaled(e, other, alpha), e.out.dtype)
+    if e.out.dtype is torch.bool:
+        return e.binary("or", x, other, torch.bool) if alpha else as_ref(e, x, torch.bool)
+    return e.binary("add", x, _scaled(e, other, alpha), e.out.dtype)
 
 
 @lowers(aten.sub.Tensor, aten.sub.Scalar)
@@ -185,62 +151,62 @@ def rsub(e: Emitter, x: Ref, other: Operand, alpha: Scalar = 1) -> Ref:
 @lowers(aten.div.Tensor, aten.div.Scalar)
 def div(e: Emitter, x: Operand, other: Operand) -> Ref:
     """True division: integers become floats first."""
-    return e.binary("div", x, other, e.out.dtype)
+    # tract multiplies by the reciprocal, which f16 cannot hold of small numbers nor well of large ones.
+    dtype = torch.float32 if e.out.dtype is torch.float16 and isinstance(other, Ref) else e.out.dtype
+    return e.cast(e.binary("div", x, other, dtype), e.out.dtype)
 
 
-@lowers(aten.div.Tensor_mode, aten.div.Scalar_mode)
-def div_mode(e: Emitter, x: Operand, other: Operand, rounding_mode: str | None = None) -> Ref:
-    """Division, then rounded down or towards zero; floats only: integers would have to be exact beyond f32."""
-    quotient = div(e, x, other)
-    return quotient if rounding_mode is None else _rounded(e, quotient, rounding_mode)
+@lowers(aten.square.default)
+def square(e: Emitter, x: Ref) -> Ref:
+    """X * x."""
+    return e.op("square" if x.dtype.is_floating_point else "t2n_square_integer", e.cast(x, e.out.dtype))
 
 
-@lowers(aten.floor_divide.default, aten.floor_divide.Scalar)
-def floor_divide(e: Emitter, x: Operand, other: Operand) -> Ref:
-    """Division rounded down."""
-    return _rounded(e, div(e, x, other), "floor")
-
-
-@lowers(aten.remainder.Tensor, aten.remainder.Scalar)
-def remainder(e: Emitter, x: Operand, other: Operand) -> Ref:
-    """The rest of a division rounded down: it has the sign of the divisor."""
-    return _rest(e, x, other, "floor")
-
-
-@lowers(aten.fmod.Tensor, aten.fmod.Scalar)
-def fmod(e: Emitter, x: Operand, other: Operand) -> Ref:
-    """The rest of a division rounded towards zero: it has the sign of the dividend."""
-    return _rest(e, x, other, "trunc")
-
-
-def _rest(e: Emitter, x: Operand, other: Operand, mode: str) -> Ref:
-    whole = e.binary("mul", _rounded(e, div(e, x, other), mode), other, e.out.dtype)
-    return e.binary("sub", x, whole, e.out.dtype)
-
-
-def _rounded(e: Emitter, x: Ref, mode: str) -> Ref:
-    if not e.out.dtype.is_floating_point:
-        raise e.refuse("rounded division of integers; divide floats")
-    return e.op("floor" if mode == "floor" else "t2n_trunc", x)
-
-
-@lowers(aten.isnan.default)
-def isnan(e: Emitter, x: Ref) -> Ref:
-    """Whether not a number: what differs from itself."""
-    return e.op("ne", x, x, dtype=torch.bool)
+@lowers(aten.pow.Tensor_Tensor, aten.pow.Scalar)
+def pow_tensor(e: Emitter, x: Operand, exponent: Ref) -> Ref:
+    """X ^ exponent; an integer power that is a fraction is 0."""
+    if e.out.dtype.is_floating_point:
+        return e.binary("pow", x, exponent, e.out.dtype)
+    # tract has powers of i32 and i64.
+    dtype = e.out.dtype if e.out.dtype is torch.int32 else torch.int64
+    constants = [e.full(value, dtype) for value in (0, 1)]
+    return e.cast(elementwise(e, "t2n_pow_integer", x, exponent, *constants, dtype=dtype), e.out.dtype)
 
 
 @lowers(aten.pow.Tensor_Scalar)
 def pow_scalar(e: Emitter, x: Ref, exponent: Scalar) -> Ref:
     """X ^ exponent; the square as its own operator, which tract fuses into norms."""
     x = e.cast(x, e.out.dtype)
+    if not x.dtype.is_floating_point:
+        return _integer_power(e, x, int(exponent))
     return e.op("square", x) if exponent == 2 else e.binary("pow", x, exponent, e.out.dtype)
 
 
-@lowers(aten.bitwise_not.default)
-def bitwise_not(e: Emitter, x: Ref) -> Ref:
-    """Logical not on booleans, complement on integers."""
-    return e.op("not" if x.dtype is torch.bool else "tract_core_bitnot", x)
+def _integer_power(e: Emitter, x: Ref, exponent: int) -> Ref:
+    """By squaring: exact, and wraps as torch does."""
+    power = None
+    while exponent:
+        if exponent % 2:
+            power = x if power is None else e.op("mul", power, x)
+        exponent //= 2
+        x = e.op("t2n_square_integer", x) if exponent else x
+    return e.broadcast_to(e.full(1), x.shape) if power is None else power
+
+
+@lowers(aten.fmax.default)
+def fmax(e: Emitter, x: Ref, other: Ref) -> Ref:
+    """The larger, or the one that is a number."""
+    return _number(e, "max", "or", x, other)
+
+
+@lowers(aten.fmin.default)
+def fmin(e: Emitter, x: Ref, other: Ref) -> Ref:
+    """The smaller, or the one that is a number."""
+    return _number(e, "min", "and", x, other)
+
+
+def _number(e: Emitter, operator: str, logical: str, x: Ref, other: Ref) -> Ref:
+    return e.binary(logical if e.out.dtype is torch.bool else operator, x, other, e.out.dtype)
 
 
 @lowers(aten.clamp.default, aten.clamp.Tensor)
@@ -252,37 +218,113 @@ def clamp(e: Emitter, x: Ref, min: Operand | None = None, max: Operand | None = 
     return result if max is None else e.binary("min", result, max, e.out.dtype)
 
 
-@lowers(aten.clamp_min.default)
-def clamp_min(e: Emitter, x: Ref, min: Scalar) -> Ref:
+@lowers(aten.clamp_min.default, aten.clamp_min.Tensor)
+def clamp_min(e: Emitter, x: Ref, min: Operand) -> Ref:
     """Bound below."""
     return clamp(e, x, min)
+
+
+@lowers(aten.clamp_max.default, aten.clamp_max.Tensor)
+def clamp_max(e: Emitter, x: Ref, max: Operand) -> Ref:
+    """Bound above."""
+    return clamp(e, x, max=max)
+
+
+@lowers(aten.ldexp.Tensor)
+def ldexp(e: Emitter, x: Ref, other: Ref) -> Ref:
+    """X * 2 ^ other."""
+    return e.binary("mul", x, e.binary("pow", e.full(2), other, e.out.dtype), e.out.dtype)
+
+
+@lowers(aten.exp2.default)
+def exp2(e: Emitter, x: Ref) -> Ref:
+    """2 ^ x, exact on whole numbers."""
+    return e.binary("pow", e.full(2), x, e.out.dtype)
+
+
+@lowers(aten.heaviside.default)
+def heaviside(e: Emitter, x: Ref, values: Ref) -> Ref:
+    """0 below zero, 1 above, `values` at zero."""
+    x, values = e.cast(x, e.out.dtype), e.cast(values, e.out.dtype)
+    step = e.cast(compare(e, "gt", x, 0), e.out.dtype)
+    return select(e, compare(e, "eq", x, 0), values, step)
+
+
+@lowers(aten.nan_to_num.default)
+def nan_to_num(
+    e: Emitter, x: Ref, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Ref:
+    """Numbers for nan and the infinities: 0 and the ends of the range unless given."""
+    if not x.dtype.is_floating_point:
+        return x
+    limits = torch.finfo(x.dtype)
+    table = {
+        math.inf: limits.max if posinf is None else posinf,
+        -math.inf: limits.min if neginf is None else neginf,
+    }
+    result = select(e, e.op("ne", x, x, dtype=torch.bool), e.full(nan or 0.0), x)
+    for infinity, value in table.items():
+        result = select(e, compare(e, "eq", x, infinity), e.full(value), result)
+    return result
+
+
+@lowers(aten.angle.default)
+def angle(e: Emitter, x: Ref) -> Ref:
+    """Pi below zero, 0 above; nan is kept."""
+    x = e.cast(x, e.out.dtype)
+    above = select(e, e.op("ne", x, x, dtype=torch.bool), x, 0)
+    return select(e, compare(e, "lt", x, 0), math.pi, above)
+
+
+@lowers(aten.round.decimals)
+def round_decimals(e: Emitter, x: Ref, decimals: int) -> Ref:
+    """To the nearest multiple of 10^-decimals, as torch computes it."""
+    scale = 10.0 ** abs(decimals)
+    there, back = ("mul", "div") if decimals > 0 else ("div", "mul")
+    whole = e.op("tract_core_round_even", e.binary(there, x, scale, x.dtype))
+    return e.binary(back, whole, scale, x.dtype) if decimals else e.op("tract_core_round_even", x)
+
+
+@lowers(aten.frexp.Tensor)
+def frexp(e: Emitter, x: Ref) -> list[Ref]:
+    """Mantissa in [1/2, 1) and exponent of 2; logarithms are in f64, whose last bits one comparison corrects."""
+    wide = e.cast(x, torch.float64)
+    one, zero = (e.full(value, torch.float64) for value in (1, 0))
+    two = e.full(2, torch.float64)
+    magnitude = e.op("abs", wide)
+    finite = e.binary("and", compare(e, "gt", magnitude, 0), compare(e, "lt", magnitude, math.inf), torch.bool)
+    guess = e.op("round", e.op("t2n_log2", e.op("select", finite, magnitude, one)))
+    high = e.op("ge", magnitude, e.op("pow", two, guess), dtype=torch.bool)
+    exponent = e.op("select", finite, e.op("add", guess, e.cast(high, torch.float64)), zero)
+    mantissa = e.op("div", wide, e.op("pow", two, exponent))
+    return [e.cast(mantissa, x.dtype), e.cast(exponent, torch.int32)]
 
 
 @lowers(aten.where.self)
 def where(e: Emitter, condition: Ref, x: Ref, other: Ref) -> Ref:
     """Choose by condition, all three broadcast."""
-    return _select(e, condition, e.cast(x, e.out.dtype), e.cast(other, e.out.dtype))
+    return select(e, condition, x, other)
 
 
-@lowers(aten.where.ScalarOther)
-def where_scalar(e: Emitter, condition: Ref, x: Ref, other: Scalar) -> Ref:
-    """Choose between a tensor and a number."""
-    return _select(e, condition, e.cast(x, e.out.dtype), e.full(other))
+@lowers(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def where_scalar(e: Emitter, condition: Ref, x: Operand, other: Operand) -> Ref:
+    """Choose where one or both sides are numbers."""
+    return select(e, condition, x, other)
 
 
-@lowers(aten.masked_fill.Tensor)
-def masked_fill_tensor(e: Emitter, x: Ref, mask: Ref, value: Ref) -> Ref:
-    """`value`, a rank-0 tensor, where mask."""
-    return _select(e, mask, e.cast(value, e.out.dtype), x)
+@lowers(aten.masked_fill.Tensor, aten.masked_fill.Scalar)
+def masked_fill(e: Emitter, x: Ref, mask: Ref, value: Operand) -> Ref:
+    """`value`, a number or a tensor of one, where mask."""
+    return select(e, mask, value, x)
 
 
-@lowers(aten.masked_fill.Scalar)
-def masked_fill(e: Emitter, x: Ref, mask: Ref, value: Scalar) -> Ref:
-    """`value` where mask."""
-    return _select(e, mask, e.full(value), x)
+def select(e: Emitter, condition: Ref, true: Operand, false: Operand) -> Ref:
+    """`true` where `condition`, else `false`, with torch's broadcasting, in the output's dtype."""
+    sides = [e.cast(condition, torch.bool), *(as_ref(e, side, e.out.dtype) for side in (true, false))]
+    return e.op("select", *aligned(e, sides), dtype=e.out.dtype)
 
 
-def _select(e: Emitter, condition: Ref, true: Ref, false: Ref) -> Ref:
-    rank = len(e.out.shape)
-    sides = [e.lift(side, rank) for side in (condition, true, false)]
-    return e.op("select", *sides, out=e.out.shape, dtype=e.out.dtype)
+def compare(e: Emitter, operator: str, x: Operand, other: Operand) -> Ref:
+    """`x operator other` in the dtype torch compares in; tract compares no booleans."""
+    dtype = promoted(x, other)
+    return e.binary(operator, x, other, torch.uint8 if dtype is torch.bool else dtype, result=torch.bool)

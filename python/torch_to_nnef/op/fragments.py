@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from torch_to_nnef.op.fragments_math import MATH
+from torch_to_nnef.op.fragments_special import SPECIAL
 from torch_to_nnef.op.statement import Fragment
 
 # name -> (signature, body lines). Literals stand right of tensors: tract casts them to the tensor's type.
@@ -31,14 +33,6 @@ _FRAGMENTS: dict[str, Fragment] = {
     "t2n_elu": (
         "(x: tensor<scalar>, alpha: scalar, scale: scalar, input_scale: scalar) -> (y: tensor<scalar>)",
         ["y = (max(x, 0.0) + (exp(min(x, 0.0) * input_scale) - 1.0) * alpha) * scale;"],
-    ),
-    "t2n_erfc": (
-        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
-        ["y = 1.0 - tract_core_erf(x);"],
-    ),
-    "t2n_expm1": (
-        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
-        ["y = exp(x) - 1.0;"],
     ),
     "t2n_gelu": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
@@ -105,10 +99,6 @@ _FRAGMENTS: dict[str, Fragment] = {
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = log(x) * 0.43429448;"],
     ),
-    "t2n_log1p": (
-        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
-        ["y = log(x + 1.0);"],
-    ),
     "t2n_log2": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = log(x) * 1.4426950;"],
@@ -164,7 +154,7 @@ _FRAGMENTS: dict[str, Fragment] = {
 
 def in_use(operators: Iterable[str], own: Mapping[str, Fragment]) -> dict[str, str]:
     """Text of every fragment that `operators` need and of all the document's `own`, those within fragments included, by name."""
-    known = {**_FRAGMENTS, **own}
+    known = {**_FRAGMENTS, **MATH, **SPECIAL, **own}
     wanted, found = {*operators, *own}, set[str]()
     while new := (wanted & known.keys()) - found:
         found |= new

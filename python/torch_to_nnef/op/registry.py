@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
@@ -25,19 +25,26 @@ _FAMILIES = (
     "attention",
     "conv",
     "create",
+    "distance",
+    "divide",
     "einsum",
     "elementwise",
-    "distance",
     "fold",
     "grid",
     "index",
     "linear",
+    "logic",
+    "loss",
     "norm",
     "pool",
-    "resize",
+    "random",
     "reduce",
     "refused",
+    "resize",
+    "scan",
     "shape",
+    "sort",
+    "special",
 )
 # Arguments that change where or how torch computes, never the values an archive gives: dtype is read from the output.
 _WITHOUT_EFFECT = frozenset(
@@ -111,6 +118,15 @@ class OpTable:
             return lower
 
         return register
+
+    def refuses(self, ops: Iterable[OpOverload], reason: str) -> None:
+        """Refuse every call of `ops`, whatever its arguments, instead of reporting them as missing."""
+
+        def refuse(e: Emitter, **arguments: Any) -> Ref:
+            raise e.refuse(reason)
+
+        for op in ops:
+            self._handlers[op] = Handler(refuse, tuple(_parameter(a.name) for a in op._schema.arguments))
 
     def __contains__(self, op: OpOverload) -> bool:
         return op in self._handlers

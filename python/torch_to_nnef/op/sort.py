@@ -1,0 +1,204 @@
+"""Order: sorting, order statistics, and search in what is sorted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from torch_to_nnef.graph.ir import Dim
+from torch_to_nnef.op.elementwise import compare, select
+from torch_to_nnef.op.emitter import Emitter, Scalar
+from torch_to_nnef.op.operand import as_ref
+from torch_to_nnef.op.reduce import arg, extreme, reduced, total
+from torch_to_nnef.op.registry import lowers
+from torch_to_nnef.op.statement import Ref
+
+aten = torch.ops.aten
+
+
+def largest(e: Emitter, x: Ref, k: Dim, axis: int, descending: bool) -> list[Ref]:
+    """The first k along one axis in order, equal ones in their own, and their places. tract orders no booleans."""
+    if not x.rank:
+        return [x, e.full(0, torch.int64)]
+    shape = (*x.shape[:axis], k, *x.shape[axis + 1 :])
+    numbers = e.cast(x, torch.uint8) if x.dtype is torch.bool else x
+    results = [(shape, numbers.dtype), (shape, torch.int64)]
+    values, places = e.ops("tract_core_topk", numbers, results=results, k=k, axis=axis, largest=descending)
+    return [e.cast(values, x.dtype), places]
+
+
+@lowers(aten.topk.default)
+def topk(e: Emitter, x: Ref, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Ref]:
+    """The k largest (or smallest) along one axis, in order, and their places."""
+    return _first(e, x, k, dim, largest)
+
+
+@lowers(aten.sort.default)
+def sort(e: Emitter, x: Ref, dim: int = -1, descending: bool = False) -> list[Ref]:
+    """All along one axis in order, equal ones in their own, and their places."""
+    return _all(e, x, dim, descending)
+
+
+@lowers(aten.sort.stable)
+def sort_stable(e: Emitter, x: Ref, stable: bool | None = None, dim: int = -1, descending: bool = False) -> list[Ref]:
+    """The same: tract's order is stable."""
+    return _all(e, x, dim, descending)
+
+
+@lowers(aten.argsort.default)
+def argsort(e: Emitter, x: Ref, dim: int = -1, descending: bool = False) -> Ref:
+    """Places of the sorted elements."""
+    return _all(e, x, dim, descending)[1]
+
+
+@lowers(aten.argsort.stable)
+def argsort_stable(e: Emitter, x: Ref, stable: bool, dim: int = -1, descending: bool = False) -> Ref:
+    """Places of the sorted elements."""
+    return _all(e, x, dim, descending)[1]
+
+
+@lowers(aten.msort.default)
+def msort(e: Emitter, x: Ref) -> Ref:
+    """Sorted along the first axis."""
+    return _all(e, x, 0, False)[0]
+
+
+def _first(e: Emitter, x: Ref, k: Dim, dim: int, descending: bool) -> list[Ref]:
+    return largest(e, x, k, dim % max(x.rank, 1), descending)
+
+
+def _all(e: Emitter, x: Ref, dim: int, descending: bool) -> list[Ref]:
+    return _first(e, x, x.shape[dim] if x.rank else 1, dim, descending)
+
+
+@lowers(aten.kthvalue.default)
+def kthvalue(e: Emitter, x: Ref, k: Dim, dim: int = -1, keepdim: bool = False) -> list[Ref]:
+    """The kth smallest along one axis, and its place."""
+    if not x.rank:
+        return _first(e, x, 1, 0, False)
+    axis = dim % x.rank
+    last = [e.slice(part, axis, k - 1, 1) for part in largest(e, x, k, axis, False)]
+    return last if keepdim else [e.squeeze(part, [axis]) for part in last]
+
+
+def _flat(e: Emitter, x: Ref) -> Ref:
+    return e.reshape(x, (math.prod(x.shape),))
+
+
+@lowers(aten.median.dim)
+def median(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
+    """The middle of the sorted, the lower of two, and its place."""
+    return kthvalue(e, x, _middle(x.shape[dim]) if x.rank else 1, dim, keepdim)
+
+
+@lowers(aten.median.default)
+def median_of_all(e: Emitter, x: Ref) -> Ref:
+    """The middle of all."""
+    return median(e, _flat(e, x))[0]
+
+
+def _middle(length: Dim) -> Dim:
+    return (length + 1) // 2
+
+
+@lowers(aten.nanmedian.dim)
+def nanmedian(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
+    """The median of those that are numbers: the others are sorted last, and the middle is counted."""
+    if not x.rank or not x.dtype.is_floating_point:
+        return median(e, x, dim, keepdim)
+    axis = dim % x.rank
+    absent = e.op("ne", x, x, dtype=torch.bool)
+    last = e.op("select", absent, e.full(math.inf, x.dtype), x, dtype=x.dtype)
+    _, places = largest(e, last, x.shape[axis], axis, False)
+    present = e.cast(e.op("not", absent), torch.int64)
+    count = reduced(e, "sum_reduce", present, axis, keepdim=True)
+    middle = e.op("max", e.binary("sub", count, 1, torch.int64), e.full(0, torch.int64))
+    place = _gather(e, places, e.op("tract_shr", middle, e.full(1, torch.int64)), axis)
+    results = [_gather(e, x, place, axis), place]
+    return results if keepdim else [e.squeeze(result, [axis]) for result in results]
+
+
+@lowers(aten.nanmedian.default)
+def nanmedian_of_all(e: Emitter, x: Ref) -> Ref:
+    """The median of all that are numbers."""
+    return nanmedian(e, _flat(e, x))[0]
+
+
+def _gather(e: Emitter, x: Ref, places: Ref, axis: int) -> Ref:
+    return e.op("tract_core_gather_elements", x, places, out=places.shape, axis=axis)
+
+
+@lowers(aten.mode.default)
+def mode(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
+    """The most frequent along one axis, the smallest of several, and its last place: each is compared to each."""
+    if not x.rank:
+        return [x, e.full(0, torch.int64)]
+    axis = dim % x.rank
+    values, places = largest(e, x, x.shape[axis], axis, False)
+    numbers = e.cast(values, torch.uint8) if x.dtype is torch.bool else values
+    same = e.op("eq", e.unsqueeze(numbers, [axis]), e.unsqueeze(numbers, [axis + 1]), dtype=torch.bool)
+    counts = reduced(e, "sum_reduce", e.cast(same, torch.int64), axis, keepdim=False)
+    first = arg(e, "argmax_reduce", counts, axis, keepdim=True)
+    # Equal ones are neighbours in their order, so the last is as many places further as there are.
+    more = e.binary("sub", reduced(e, "max_reduce", counts, axis, keepdim=True), 1, torch.int64)
+    at = e.op("add", first, more)
+    results = [_gather(e, part, at, axis) for part in (values, places)]
+    return results if keepdim else [e.squeeze(result, [axis]) for result in results]
+
+
+def _searched(e: Emitter, edges: Ref, values: Ref, right: bool) -> Ref:
+    """How many `edges` lie before each of `values`, along the last axis: each is compared to each."""
+    edges = e.unsqueeze(edges, [edges.rank - 1]) if values.rank else edges
+    before = compare(e, "le" if right else "lt", edges, e.unsqueeze(values, [values.rank]))
+    count = reduced(e, "sum_reduce", e.cast(before, torch.int64), -1, keepdim=False)
+    return e.cast(count, e.out.dtype)
+
+
+@lowers(aten.bucketize.Tensor)
+def bucketize(e: Emitter, x: Ref, boundaries: Ref, out_int32: bool = False, right: bool = False) -> Ref:
+    """Which of the intervals between sorted boundaries each lies in."""
+    return _searched(e, boundaries, x, right)
+
+
+@lowers(aten.searchsorted.Tensor)
+def searchsorted(
+    e: Emitter,
+    sorted_sequence: Ref,
+    x: Ref,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Ref | None = None,
+) -> Ref:
+    """Where each would have to be inserted to keep the order."""
+    ordered = sorted_sequence if sorter is None else _gather(e, sorted_sequence, sorter, sorted_sequence.rank - 1)
+    return _searched(e, ordered, x, right or side == "right")
+
+
+@lowers(aten.isin.Tensor_Tensor)
+def isin(e: Emitter, elements: Ref, test_elements: Ref, assume_unique: bool = False, invert: bool = False) -> Ref:
+    """Whether each is among `test_elements`: each is compared to each."""
+    same = compare(e, "eq", e.unsqueeze(elements, [elements.rank]), _flat(e, test_elements))
+    found = reduced(e, "any_reduce", same, -1, keepdim=False)
+    return e.op("not", found) if invert else found
+
+
+@lowers(aten.histc.default)
+def histc(e: Emitter, x: Ref, bins: int = 100, min: Scalar = 0, max: Scalar = 0) -> Ref:
+    """How many lie in each of equal bins between min and max, or between the least and the largest."""
+    flat = _flat(e, x)
+    ends: list[Ref | Scalar] = [min, max]
+    if min == max:
+        ends = [extreme(e, operator, flat, None, False) for operator in ("min_reduce", "max_reduce")]
+    low, high = (as_ref(e, end, x.dtype) for end in ends)
+    same = compare(e, "eq", low, high)
+    low, high = (select(e, same, e.binary("add", end, by, x.dtype), end) for end, by in ((low, -1), (high, 1)))
+    share = e.binary("div", e.binary("sub", flat, low, x.dtype), e.binary("sub", high, low, x.dtype), x.dtype)
+    bin_of = e.cast(
+        e.binary("min", e.op("floor", e.binary("mul", share, bins, x.dtype)), bins - 1, x.dtype), torch.int64
+    )
+    inside = e.binary("and", compare(e, "ge", flat, low), compare(e, "le", flat, high), torch.bool)
+    hits = compare(e, "eq", e.unsqueeze(bin_of, [1]), e.arange(0, 1, bins, torch.int64))
+    counted = e.binary("and", hits, e.unsqueeze(inside, [1]), torch.bool)
+    return total(e, "sum_reduce", counted, 0, keepdim=False)
