@@ -139,6 +139,8 @@ class Emitter:
 
     def reshape(self, ref: Ref, shape: Shape) -> Ref:
         """View as `shape`; every dimension is written out, symbols included."""
+        if not shape:  # an empty list is no shape to tract
+            return self.squeeze(ref, range(ref.rank))
         return ref if ref.shape == tuple(shape) else self.op("reshape", ref, out=tuple(shape), shape=list(shape))
 
     def broadcast_to(self, ref: Ref, shape: Shape) -> Ref:

@@ -31,6 +31,7 @@ _FAMILIES = (
     "pool",
     "resize",
     "reduce",
+    "scatter",
     "shape",
 )
 # Arguments that change where or how torch computes, never the values an archive gives: dtype is read from the output.
