@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,17 @@ def gather(e: Emitter, x: Ref, dim: int, index: Ref) -> Ref:
     sides = [at_least_1d(e, side) for side in (x, index)]
     shape = sides[1].shape
     return e.reshape(e.op("tract_core_gather_elements", *sides, out=shape, axis=e.axis(dim, x.rank)), e.out.shape)
+
+
+@lowers(aten.take_along_dim.default)
+def take_along_dim(e: Emitter, x: Ref, indices: Ref, dim: int | None = None) -> Ref:
+    """x[..., indices[...], ...] along one axis, both broadcast on the others; without dim, of the flattened tensors."""
+    if dim is None:
+        return e.op("tract_core_gather", flat(e, x), flat(e, indices), out=e.out.shape, axis=0)
+    axis, rank = e.axis(dim, x.rank), max(x.rank, indices.rank)
+    x, indices = e.lift(x, rank), e.lift(indices, rank)
+    x = e.broadcast_to(x, (*e.out.shape[:axis], x.shape[axis], *e.out.shape[axis + 1 :]))
+    return e.op("tract_core_gather_elements", x, e.broadcast_to(indices, e.out.shape), out=e.out.shape, axis=axis)
 
 
 @lowers(aten.take.default)
@@ -138,7 +150,4 @@ def at_least_1d(e: Emitter, x: Ref) -> Ref:
 
 def flat(e: Emitter, x: Ref) -> Ref:
     """All elements in one axis."""
-    count: Dim = 1
-    for size in x.shape:
-        count = count * size
-    return e.reshape(x, (count,))
+    return e.reshape(x, (math.prod(x.shape),))

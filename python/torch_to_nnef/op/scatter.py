@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from torch_to_nnef.graph.ir import Dim, Shape
+from torch_to_nnef.op.cut import bounds, joined
 from torch_to_nnef.op.emitter import Emitter, Scalar
 from torch_to_nnef.op.index import MASKS, Places, at_least_1d, flat, permuted
 from torch_to_nnef.op.registry import lowers
@@ -38,12 +38,12 @@ def _write(e: Emitter, operator: str, x: Ref, index: Ref, updates: Ref, reductio
     return e.op(operator, x, index, updates, out=x.shape, reduction=reduction, **attrs)
 
 
-def _along(e: Emitter, x: Ref, dim: int, index: Ref, updates: Ref, reduction: str = "none") -> Ref:
+def write_along(e: Emitter, x: Ref, dim: int, index: Ref, updates: Ref, reduction: str = "none") -> Ref:
     """`_write` along one axis; `index` and `updates` have one shape, which may be shorter than that of `x`."""
-    sides = [at_least_1d(e, side) for side in (x, index, updates)]
-    return e.reshape(
-        _write(e, "tract_core_scatter_elements", *sides, reduction=reduction, axis=e.axis(dim, x.rank)), x.shape
-    )
+    target, index, updates = (at_least_1d(e, side) for side in (x, index, updates))
+    axis = e.axis(dim, x.rank)
+    written = _write(e, "tract_core_scatter_elements", target, index, updates, reduction, axis=axis)
+    return e.reshape(written, x.shape)
 
 
 def _cut(e: Emitter, x: Ref, shape: Shape) -> Ref:
@@ -53,7 +53,7 @@ def _cut(e: Emitter, x: Ref, shape: Shape) -> Ref:
     return x
 
 
-def _across(e: Emitter, index: Ref, dim: int, shape: Shape) -> Ref:
+def across(e: Emitter, index: Ref, dim: int, shape: Shape) -> Ref:
     """A vector of indices along one axis, the same for all others: how torch's index_* functions mean it."""
     axis = e.axis(dim, len(shape))
     index = at_least_1d(e, index)
@@ -64,51 +64,47 @@ def _across(e: Emitter, index: Ref, dim: int, shape: Shape) -> Ref:
 def scatter(e: Emitter, x: Ref, dim: int, index: Ref, src: Ref) -> Ref:
     """Elements of src written, or added, where index says."""
     reduction = "add" if e.node.target is aten.scatter_add.default else "none"
-    return _along(e, x, dim, index, _cut(e, src, index.shape), reduction)
+    return write_along(e, x, dim, index, _cut(e, src, index.shape), reduction)
 
 
 @lowers(aten.scatter.value)
 def scatter_value(e: Emitter, x: Ref, dim: int, index: Ref, value: Scalar) -> Ref:
     """One number written where index says."""
-    return _along(e, x, dim, index, e.broadcast_to(e.full(value), index.shape))
+    return write_along(e, x, dim, index, e.broadcast_to(e.full(value), index.shape))
 
 
 @lowers(aten.scatter.reduce)
 def scatter_with(e: Emitter, x: Ref, dim: int, index: Ref, src: Ref, reduce: str) -> Ref:
     """Elements of src added or multiplied where index says."""
-    return _along(e, x, dim, index, _cut(e, src, index.shape), _REDUCTIONS[reduce])
+    return write_along(e, x, dim, index, _cut(e, src, index.shape), _REDUCTIONS[reduce])
 
 
 @lowers(aten.scatter.value_reduce)
 def scatter_value_with(e: Emitter, x: Ref, dim: int, index: Ref, value: Scalar, reduce: str) -> Ref:
     """One number added or multiplied where index says."""
-    return _along(e, x, dim, index, e.broadcast_to(e.full(value), index.shape), _REDUCTIONS[reduce])
+    return write_along(e, x, dim, index, e.broadcast_to(e.full(value), index.shape), _REDUCTIONS[reduce])
 
 
 @lowers(aten.scatter_reduce.two)
-def scatter_reduce(
-    e: Emitter, x: Ref, dim: int, index: Ref, src: Ref, reduce: str, include_self: bool = True
-) -> Ref:
+def scatter_reduce(e: Emitter, x: Ref, dim: int, index: Ref, src: Ref, reduce: str, include_self: bool = True) -> Ref:
     """Elements of src combined where index says, with what stood there or without."""
     return _reduced(e, x, dim, index, _cut(e, src, index.shape), reduce, include_self)
 
 
 @lowers(aten.index_reduce.default)
-def index_reduce(
-    e: Emitter, x: Ref, dim: int, index: Ref, source: Ref, reduce: str, include_self: bool = True
-) -> Ref:
+def index_reduce(e: Emitter, x: Ref, dim: int, index: Ref, source: Ref, reduce: str, include_self: bool = True) -> Ref:
     """Slices of source combined along one axis where index says."""
-    return _reduced(e, x, dim, _across(e, index, dim, source.shape), source, reduce, include_self)
+    return _reduced(e, x, dim, across(e, index, dim, source.shape), source, reduce, include_self)
 
 
 def _reduced(e: Emitter, x: Ref, dim: int, index: Ref, updates: Ref, reduce: str, include_self: bool) -> Ref:
     if not include_self:
-        x = _along(e, x, dim, index, e.broadcast_to(e.full(_neutral(reduce, x.dtype)), index.shape))
-    total = _along(e, x, dim, index, updates, _REDUCTIONS[reduce])
+        x = write_along(e, x, dim, index, e.broadcast_to(e.full(_neutral(reduce, x.dtype)), index.shape))
+    total = write_along(e, x, dim, index, updates, _REDUCTIONS[reduce])
     if reduce != "mean":
         return total
     before = e.broadcast_to(e.full(int(include_self)), x.shape)
-    count = _along(e, before, dim, index, e.broadcast_to(e.full(1), index.shape), "add")
+    count = write_along(e, before, dim, index, e.broadcast_to(e.full(1), index.shape), "add")
     count = e.binary("max", count, 1, x.dtype)
     mean = e.binary("div", total, count, x.dtype)
     if x.dtype.is_floating_point:
@@ -134,13 +130,13 @@ def index_add(e: Emitter, x: Ref, dim: int, index: Ref, source: Ref, alpha: Scal
     """Slices of alpha * source added along one axis where index says."""
     if alpha != 1:
         source = e.binary("and" if x.dtype is torch.bool else "mul", source, alpha, x.dtype)
-    return _along(e, x, dim, _across(e, index, dim, source.shape), source, "add")
+    return write_along(e, x, dim, across(e, index, dim, source.shape), source, "add")
 
 
 @lowers(aten.index_copy.default)
 def index_copy(e: Emitter, x: Ref, dim: int, index: Ref, source: Ref) -> Ref:
     """Slices of source written along one axis where index says."""
-    return _along(e, x, dim, _across(e, index, dim, source.shape), source)
+    return write_along(e, x, dim, across(e, index, dim, source.shape), source)
 
 
 @lowers(aten.index_fill.int_Scalar)
@@ -158,14 +154,14 @@ def index_fill_tensor(e: Emitter, x: Ref, dim: int, index: Ref, value: Ref) -> R
 def _fill_slices(e: Emitter, x: Ref, dim: int, index: Ref, value: Ref) -> Ref:
     axis = e.axis(dim, x.rank)
     shape = tuple(at_least_1d(e, index).shape[0] if i == axis else size for i, size in enumerate(x.shape))
-    return _along(e, x, dim, _across(e, index, dim, shape), e.broadcast_to(value, shape))
+    return write_along(e, x, dim, across(e, index, dim, shape), e.broadcast_to(value, shape))
 
 
 @lowers(aten.put.default)
 def put(e: Emitter, x: Ref, index: Ref, source: Ref, accumulate: bool = False) -> Ref:
     """Elements of source written into, or added to, the flattened tensor."""
-    sides = [flat(e, side) for side in (x, index, source)]
-    return e.reshape(_along(e, sides[0], 0, *sides[1:], "add" if accumulate else "none"), x.shape)
+    elements, index, source = (flat(e, side) for side in (x, index, source))
+    return e.reshape(write_along(e, elements, 0, index, source, "add" if accumulate else "none"), x.shape)
 
 
 @lowers(aten.index_put.default, aten._unsafe_index_put.default)
@@ -228,30 +224,25 @@ def slice_scatter(
     """x[start:end:step] = src on one axis; src is as long as the slice."""
     axis = dim % x.rank
     size, length = x.shape[axis], src.shape[axis]
-    begin = non_negative(start or 0, size)
+    begin, _ = bounds(e, size, start, end, step, length)
     if step == 1:
         return _replaced(e, x, axis, begin, e.cast(src, x.dtype))
     places = e.arange(begin, step, length, torch.int64)
-    return _along(e, x, axis, _across(e, places, axis, src.shape), e.cast(src, x.dtype))
+    return write_along(e, x, axis, across(e, places, axis, src.shape), e.cast(src, x.dtype))
 
 
 @lowers(aten.select_scatter.default)
 def select_scatter(e: Emitter, x: Ref, src: Ref, dim: int, index: Dim) -> Ref:
     """x[index] = src on one axis."""
     axis = dim % x.rank
-    return _replaced(e, x, axis, non_negative(index, x.shape[axis]), e.unsqueeze(e.cast(src, x.dtype), [axis]))
+    begin = x.shape[axis] + index if isinstance(index, int) and index < 0 else index
+    return _replaced(e, x, axis, begin, e.unsqueeze(e.cast(src, x.dtype), [axis]))
 
 
 def _replaced(e: Emitter, x: Ref, axis: int, begin: Dim, part: Ref) -> Ref:
     """`part` in the place of as many elements of one axis."""
     end = begin + part.shape[axis]
-    pieces = [e.slice(x, axis, 0, begin), part, e.slice(x, axis, end, x.shape[axis] - end)]
-    pieces = [piece for piece in pieces if piece.shape[axis] != 0]
-    return pieces[0] if len(pieces) == 1 else e.op("concat", pieces, out=x.shape, dtype=x.dtype, axis=axis)
-
-
-def non_negative(index: Dim, size: Dim) -> Dim:
-    """`index` of an axis of `size` counted from the front, and kept within it."""
-    if isinstance(index, int) and index < 0:
-        return max(size + index, 0) if isinstance(size, int) else size + index
-    return min(index, size) if isinstance(index, int) and isinstance(size, int) else index
+    rest = x.shape[axis] - end
+    before = [] if begin == 0 else [e.slice(x, axis, 0, begin)]
+    after = [] if rest == 0 else [e.slice(x, axis, end, rest)]
+    return joined(e, [*before, part, *after], axis)
