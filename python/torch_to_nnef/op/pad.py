@@ -29,26 +29,43 @@ def constant_pad(e: Emitter, x: Ref, pad: Sequence[Dim], value: Scalar = 0) -> R
 @lowers(aten.pad.default)
 def pad_mode(e: Emitter, x: Ref, pad: Sequence[Dim], mode: str = "constant", value: Scalar | None = None) -> Ref:
     """Padded by torch.nn.functional.pad's rules; negative amounts cut."""
-    amounts: list[tuple[Dim, Dim]] = [(0, 0)] * x.rank
-    for i in range(len(pad) // 2):
-        axis = x.rank - 1 - i
-        before, after = pad[2 * i], pad[2 * i + 1]
-        begin, end = (-side if isinstance(side, int) and side < 0 else 0 for side in (before, after))
-        if begin or end:
-            x = e.slice(x, axis, begin, x.shape[axis] - begin - end)
-        amounts[axis] = (before + begin, after + end)
+    sides: list[tuple[Dim, Dim]] = list(zip(pad[::2], pad[1::2], strict=True))
+    sides = [*[(0, 0)] * (x.rank - len(sides)), *reversed(sides)]
+    added = [(_added(before), _added(after)) for before, after in sides]
+    cut = [(_cut(before), _cut(after)) for before, after in sides]
+    # A replicated border is still there when all it was taken from is cut away; a circular one continues what is left.
+    if mode == "circular":
+        return _joined(e, _trimmed(e, x, cut), added, None)
+    return _trimmed(e, _padded(e, x, added, mode, value or 0), cut)
+
+
+def _added(side: Dim) -> Dim:
+    return max(side, 0) if isinstance(side, int) else side
+
+
+def _cut(side: Dim) -> int:
+    return max(-side, 0) if isinstance(side, int) else 0
+
+
+def _trimmed(e: Emitter, x: Ref, amounts: Sequence[tuple[int, int]]) -> Ref:
+    for axis, (begin, end) in enumerate(amounts):
+        x = e.slice(x, axis, begin, x.shape[axis] - begin - end) if begin or end else x
+    return x
+
+
+def _padded(e: Emitter, x: Ref, amounts: Sequence[tuple[Dim, Dim]], mode: str, fill: Scalar) -> Ref:
     if all(sides == (0, 0) for sides in amounts):
         return x
-    fill = value or 0
     static = all(isinstance(side, int) for sides in amounts for side in sides)
     if not static and mode != "constant":
-        raise e.refuse(f"padding {list(pad)} in mode {mode!r}: the amounts are dynamic; pad with a constant")
-    if mode == "circular" or (mode == "constant" and not (static and _is_literal(fill, x.dtype))):
-        return _joined(e, x, amounts, None if mode == "circular" else e.full(fill))
+        raise e.refuse(f"padding {amounts} in mode {mode!r}: the amounts are dynamic; pad with a constant")
+    if mode == "constant" and not (static and _is_literal(fill, x.dtype)):
+        return _joined(e, x, amounts, e.full(fill))
     # tract pads numbers only.
     numbers = e.cast(x, torch.uint8) if x.dtype is torch.bool else x
     filled: dict[str, Any] = {"value": float(fill)} if mode == "constant" else {}
-    padded = e.op("pad", numbers, out=e.out.shape, padding=amounts, border=_BORDERS[mode], **filled)
+    shape = tuple(before + size + after for size, (before, after) in zip(x.shape, amounts, strict=True))
+    padded = e.op("pad", numbers, out=shape, padding=amounts, border=_BORDERS[mode], **filled)
     return e.binary("ne", padded, 0, torch.uint8, result=torch.bool) if x.dtype is torch.bool else padded
 
 
