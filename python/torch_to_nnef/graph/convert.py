@@ -102,7 +102,11 @@ class _Converter:
         return Node(node.name, target, tuple(args), kwargs, outputs, _module_path(node), _source(node))
 
     def _value(self, name: str, val: torch.Tensor) -> Value:
-        return Value(name, tuple(self.symbols.dim(d) for d in val.shape), val.dtype)
+        shape, strides = (tuple(self.symbols.dim(d) for d in sizes) for sizes in (val.shape, val.stride()))
+        dense, below = self.symbols.dim(val.storage_offset()) == 0, sympy.Integer(1)
+        for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+            dense, below = dense and (size == 1 or stride == below), below * size
+        return Value(name, shape, val.dtype, dense)
 
     def _argument(self, node: FxNode, tree: Any) -> Any:
         def leaf(arg: Any) -> Any:

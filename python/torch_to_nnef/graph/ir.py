@@ -16,11 +16,15 @@ Shape: TypeAlias = tuple[Dim, ...]
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One tensor of the graph. `name` is torch's node name, unique in the graph."""
+    """One tensor of the graph. `name` is torch's node name, unique in the graph.
+
+    `dense` says that in torch it fills its storage from the start in row-major order: only `as_strided` can tell.
+    """
 
     name: str
     shape: Shape
     dtype: torch.dtype
+    dense: bool = True
 
 
 @dataclass(frozen=True, slots=True)

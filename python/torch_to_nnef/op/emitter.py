@@ -82,9 +82,9 @@ class Emitter:
         """A rank-0 constant of `dtype` (the output's by default); NNEF literals cannot say infinities, and have no dtype."""
         return self.constant(torch.tensor(value, dtype=dtype or self.out.dtype), "scalar")
 
-    def arange(self, start: Dim, step: int, length: Dim, dtype: torch.dtype) -> Ref:
+    def arange(self, start: Dim, step: Dim, length: Dim, dtype: torch.dtype) -> Ref:
         """`length` integers: start, start + step, ..."""
-        if isinstance(length, int) and isinstance(start, int):
+        if isinstance(length, int) and isinstance(start, int) and isinstance(step, int):
             return self.constant(torch.arange(length, dtype=dtype) * step + start, "arange")
         positions = self.op("t2n_positions", out=(length,), dtype=torch.int64, hint="arange", length=length)
         steps = positions if step == 1 else self.binary("mul", positions, step, torch.int64)
@@ -139,6 +139,8 @@ class Emitter:
 
     def reshape(self, ref: Ref, shape: Shape) -> Ref:
         """View as `shape`; every dimension is written out, symbols included."""
+        if not shape:  # an empty list is no shape to tract
+            return self.squeeze(ref, range(ref.rank))
         return ref if ref.shape == tuple(shape) else self.op("reshape", ref, out=tuple(shape), shape=list(shape))
 
     def broadcast_to(self, ref: Ref, shape: Shape) -> Ref:
@@ -148,10 +150,10 @@ class Emitter:
             return ref
         return self.op("tract_core_broadcast", ref, out=tuple(shape), shape=list(shape))
 
-    def slice(self, ref: Ref, axis: int, begin: Dim, length: Dim, step: int = 1) -> Ref:
+    def slice(self, ref: Ref, axis: int, begin: Dim, length: Dim, step: int = 1, end: Dim | None = None) -> Ref:
         """`length` elements of one axis from `begin`, every `step`th; tract needs explicit, non-negative bounds."""
         shape = (*ref.shape[:axis], length, *ref.shape[axis + 1 :])
-        end = begin + length if step == 1 else ref.shape[axis]
+        end = begin + length * step if end is None else end
         stride: dict[str, Any] = {"stride": [step]} if step != 1 else {}
         return self.op("slice", ref, out=shape, axes=[axis], begin=[begin], end=[end], **stride)
 

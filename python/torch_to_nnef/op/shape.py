@@ -1,14 +1,13 @@
-"""Views, joins and cuts. Shapes come from what torch computed, symbols included: no shape arithmetic enters the graph."""
+"""Views and joins. Shapes come from what torch computed, symbols included: no shape arithmetic enters the graph."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from torch_to_nnef.graph.ir import Dim
-from torch_to_nnef.op.emitter import Emitter, Scalar
+from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
 
@@ -119,82 +118,3 @@ def stack(e: Emitter, tensors: list[Ref], dim: int = 0) -> Ref:
     """Joined along a new axis."""
     parts = [e.cast(part, e.out.dtype) for part in tensors]
     return e.op("stack", parts, out=e.out.shape, dtype=e.out.dtype, axis=e.axis(dim))
-
-
-@lowers(aten.slice.Tensor)
-def slice_(e: Emitter, x: Ref, dim: int = 0, start: Dim | None = None, end: Dim | None = None, step: int = 1) -> Ref:
-    """x[start:end:step] on one axis; the length is the one torch computed."""
-    axis = dim % x.rank
-    size, length = x.shape[axis], e.out.shape[axis]
-    if step == 1 and size == length:
-        return x
-    begin: Dim = 0 if start is None else start
-    if isinstance(begin, int) and begin < 0:
-        begin = max(size + begin, 0) if isinstance(size, int) else size + begin
-    return e.slice(x, axis, begin, length, step)
-
-
-@lowers(aten.roll.default)
-def roll(e: Emitter, x: Ref, shifts: Sequence[int], dims: Sequence[int] = ()) -> Ref:
-    """Static axes turned around: what leaves at the end comes back at the front."""
-    if len(dims) != len(shifts):
-        raise e.refuse("roll without dims; flatten first and give dims=0")
-    for shift, dim in zip(shifts, dims, strict=True):
-        axis = dim % x.rank
-        size = x.shape[axis]
-        if not isinstance(size, int):
-            raise e.refuse("roll over a dynamic axis; concatenate two slices")
-        moved = shift % size
-        if moved:
-            parts = [e.slice(x, axis, size - moved, moved), e.slice(x, axis, 0, size - moved)]
-            x = e.op("concat", parts, out=x.shape, dtype=x.dtype, axis=axis)
-    return x
-
-
-@lowers(aten.narrow.default)
-def narrow(e: Emitter, x: Ref, dim: int, start: Dim, length: Dim) -> Ref:
-    """`length` elements of one axis."""
-    return e.slice(x, dim % x.rank, start, length)
-
-
-@lowers(aten.select.int)
-def select(e: Emitter, x: Ref, dim: int, index: Dim) -> Ref:
-    """One element of an axis."""
-    axis = dim % x.rank
-    begin = x.shape[axis] + index if isinstance(index, int) and index < 0 else index
-    return e.squeeze(e.slice(x, axis, begin, 1), [axis])
-
-
-@lowers(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
-def split(e: Emitter, x: Ref, dim: int = 0) -> list[Ref]:
-    """Pieces along one axis, as long as torch computed them; `unbind` also drops the axis."""
-    axis, begin, parts = dim % x.rank, 0, list[Ref]()
-    for piece in e.node.outputs:
-        unbound = len(piece.shape) < x.rank
-        length = 1 if unbound else piece.shape[axis]
-        part = e.slice(x, axis, begin, length)
-        parts.append(e.squeeze(part, [axis]) if unbound else part)
-        begin = begin + length
-    return parts
-
-
-@lowers(aten.constant_pad_nd.default)
-def constant_pad(e: Emitter, x: Ref, pad: Sequence[int], value: Scalar = 0) -> Ref:
-    """Padded with a constant; `pad` starts at the last axis."""
-    return pad_mode(e, x, pad, "constant", value)
-
-
-@lowers(aten.pad.default)
-def pad_mode(e: Emitter, x: Ref, pad: Sequence[int], mode: str = "constant", value: Scalar | None = None) -> Ref:
-    """Padded by torch.nn.functional.pad's rules; negative amounts cut."""
-    borders = {"constant": "constant", "reflect": "reflect", "replicate": "replicated"}  # as tract spells them
-    if mode not in borders:
-        raise e.refuse(f"pad mode {mode!r}; tract has {sorted(borders)}")
-    amounts = [(0, 0)] * x.rank
-    for i in range(len(pad) // 2):
-        before, after = pad[2 * i], pad[2 * i + 1]
-        if not isinstance(before, int) or not isinstance(after, int) or before < 0 or after < 0:
-            raise e.refuse(f"padding {list(pad)}: amounts must be static and non-negative; slice instead")
-        amounts[x.rank - 1 - i] = (before, after)
-    filled: dict[str, Any] = {"value": float(value or 0)} if mode == "constant" else {}
-    return e.op("pad", x, out=e.out.shape, padding=amounts, border=borders[mode], **filled)
