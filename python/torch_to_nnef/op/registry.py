@@ -22,6 +22,7 @@ F = TypeVar("F", bound=Lowering)
 _FAMILIES = (
     "activation",
     "attention",
+    "complex",
     "conv",
     "create",
     "elementwise",
@@ -32,6 +33,7 @@ _FAMILIES = (
     "resize",
     "reduce",
     "shape",
+    "signal",
 )
 # Arguments that change where or how torch computes, never the values an archive gives: dtype is read from the output.
 _WITHOUT_EFFECT = frozenset(

@@ -1,0 +1,93 @@
+"""Fourier transforms, on tract's own: complex in and out, unscaled in both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from torch_to_nnef.graph.ir import Dim
+from torch_to_nnef.op.complex_layout import as_complex, lowers_complex, part, promote, real_layout
+from torch_to_nnef.op.emitter import Emitter
+from torch_to_nnef.op.registry import lowers
+from torch_to_nnef.op.statement import Ref
+
+aten = torch.ops.aten
+
+# -- the three transforms that torch.fft.* is made of; torch spells out padding, norms and shifts
+
+
+@lowers_complex(aten._fft_c2c.default)
+def c2c(e: Emitter, x: Ref, dim: Sequence[Dim], normalization: int, forward: bool) -> Ref:
+    """Complex to complex, along every axis of `dim`."""
+    axes = [int(d) % x.rank for d in dim]
+    return _scaled(e, _transformed(e, x, axes, inverse=not forward), axes, normalization)
+
+
+@lowers_complex(aten._fft_r2c.default)
+def r2c(e: Emitter, x: Ref, dim: Sequence[int], normalization: int, onesided: bool) -> Ref:
+    """Real to complex; one-sided, the last axis of `dim` keeps the half that tells the other."""
+    axes = [d % x.rank for d in dim]
+    z = _transformed(e, promote(e, x, e.out.dtype), axes[-1:])
+    if onesided:
+        z = as_complex(e.slice(real_layout(z), axes[-1], 0, e.out.shape[axes[-1]]))
+    sizes = [x.shape[axis] for axis in axes]
+    return _scaled(e, _transformed(e, z, axes[:-1]), axes, normalization, sizes)
+
+
+@lowers_complex(aten._fft_c2r.default)
+def c2r(e: Emitter, x: Ref, dim: Sequence[int], normalization: int, last_dim_size: Dim) -> Ref:
+    """The inverse of a one-sided transform."""
+    axes = [d % x.rank for d in dim]
+    sizes = [e.out.shape[axis] for axis in axes]
+    z = _transformed(e, x, axes[:-1], inverse=True)
+    real = _half_inverse(e, z, axes[-1], last_dim_size)
+    return _divided(e, real, sizes, normalization)
+
+
+def _transformed(e: Emitter, z: Ref, axes: Sequence[int], inverse: bool = False) -> Ref:
+    planes = real_layout(z)
+    for axis in axes:
+        planes = e.op("tract_core_fft", planes, axis=axis, inverse=inverse)
+    return as_complex(planes)
+
+
+def _scaled(e: Emitter, z: Ref, axes: Sequence[int], normalization: int, sizes: Sequence[Dim] | None = None) -> Ref:
+    sizes = [z.shape[axis] for axis in axes] if sizes is None else sizes
+    return as_complex(_divided(e, real_layout(z), sizes, normalization))
+
+
+def _divided(e: Emitter, x: Ref, sizes: Sequence[Dim], normalization: int) -> Ref:
+    """By the number of points (2), its root (1), or not (0)."""
+    count = math.prod(sizes)
+    if normalization == 0:
+        return x
+    if isinstance(count, int):
+        return e.binary("mul", x, 1 / count if normalization == 2 else count**-0.5, x.dtype)
+    divisor = e.scalar(count, x.dtype)
+    return e.binary("div", x, e.op("sqrt", divisor) if normalization == 1 else divisor, x.dtype)
+
+
+def _half_inverse(e: Emitter, z: Ref, axis: int, size: Dim) -> Ref:
+    """Real signal of `size` points of its half spectrum: the real part of the inverse transform of that half.
+
+    Bins that stand for two count twice; the others, 0 and size / 2, count once: min(k, 1) + min(size - 2k, 1).
+    """
+    planes = real_layout(z)
+    dtype = planes.dtype
+    k = e.arange(0, 1, planes.shape[axis], dtype)
+    first = e.binary("min", k, 1.0, dtype)
+    last = e.binary("min", e.binary("sub", size, e.binary("mul", k, 2.0, dtype), dtype), 1.0, dtype)
+    weight = e.unsqueeze(e.op("add", first, last), [i for i in range(planes.rank) if i != axis])
+    planes = _filled(e, e.op("mul", planes, weight), axis, size)
+    return part(e, _transformed(e, as_complex(planes), [axis], inverse=True), 0)
+
+
+def _filled(e: Emitter, x: Ref, axis: int, size: Dim) -> Ref:
+    """Zeros behind, up to `size`."""
+    if x.shape[axis] == size:
+        return x
+    ahead, behind = x.shape[:axis], x.shape[axis + 1 :]
+    zeros = e.broadcast_to(e.full(0.0, x.dtype), (*ahead, size - x.shape[axis], *behind))
+    return e.op("concat", [x, zeros], out=(*ahead, size, *behind), dtype=x.dtype, axis=axis)
