@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -69,6 +70,19 @@ def complex_(e: Emitter, real: Ref, imag: Ref) -> Ref:
 def polar(e: Emitter, abs: Ref, angle: Ref) -> Ref:
     """By magnitude and angle."""
     return _fragment(e, "t2n_complex_polar", _column(e, abs), _column(e, angle))
+
+
+@lowers_complex(aten.permute.default)
+def permute(e: Emitter, x: Ref, dims: Sequence[int]) -> Ref:
+    """Axes in another order; the parts stay last."""
+    axes = [*(d % x.rank for d in dims), x.rank]
+    return as_complex(e.op("transpose", real_layout(x), out=(*e.out.shape, 2), axes=axes))
+
+
+@lowers_complex(aten.t.default)
+def t(e: Emitter, x: Ref) -> Ref:
+    """A matrix transposed."""
+    return permute(e, x, [1, 0]) if x.rank == 2 else x
 
 
 @lowers_complex(aten._to_copy.default, aten.to.dtype_layout, aten.to.dtype, aten.to.device)
@@ -173,6 +187,15 @@ for _operator, _ops in _UNARY.items():
     lowers_complex(*_ops)(_unary(_operator))
 for _operator, _op in _MAGNITUDE.items():
     lowers_complex(_op)(_magnitude(_operator))
+
+
+@lowers(aten.angle.default)
+def real_angle(e: Emitter, x: Ref) -> Ref:
+    """Zero, or pi for negative numbers; not a number stays so."""
+    x = e.cast(x, e.out.dtype)
+    negative = e.binary("lt", x, 0.0, x.dtype, result=torch.bool)
+    nothing = e.op("sub", x, x)  # zero, or not a number; infinities are no angle either
+    return e.op("select", negative, e.lift(e.full(math.pi), x.rank), nothing, dtype=x.dtype)
 
 
 @lowers_complex(aten.neg.default, aten._neg_view.default)

@@ -27,7 +27,8 @@ COMPLEX_FRAGMENTS: Mapping[str, Fragment] = {
             *_PARTS,
             "half = atan(im / re);",
             "turned = select(im < 0.0, half - 3.1415927, half + 3.1415927);",
-            "y = select(re < 0.0, turned, select(im == 0.0, im, half));",
+            "flat = im == 0.0;",  # in an argument, tract reads `im =` as its name
+            "y = select(re < 0.0, turned, select(flat, im, half));",
         ],
     ),
     "t2n_complex_conj": _unary("re", "neg(im)"),
@@ -58,7 +59,8 @@ COMPLEX_FRAGMENTS: Mapping[str, Fragment] = {
     ),
     "t2n_complex_sgn": (
         _UNARY,
-        ["size = t2n_complex_abs(z, axis = axis);", "y = select(size == 0.0, z, z / size);"],
+        ["size = t2n_complex_abs(z, axis = axis);", "zero = size == 0.0;"]
+        + ["y = select(zero, z, z / size);"],
     ),
     "t2n_complex_sin": _unary("sin(re) * cosh(im)", "cos(re) * sinh(im)"),
     "t2n_complex_sinh": _unary("sinh(re) * cos(im)", "cosh(re) * sin(im)"),

@@ -34,6 +34,7 @@ _FAMILIES = (
     "reduce",
     "shape",
     "signal",
+    "stft",
 )
 # Arguments that change where or how torch computes, never the values an archive gives: dtype is read from the output.
 _WITHOUT_EFFECT = frozenset(

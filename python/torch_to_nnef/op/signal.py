@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from torch_to_nnef.graph.ir import Dim
-from torch_to_nnef.op.complex_layout import as_complex, lowers_complex, part, promote, real_layout
+from torch_to_nnef.op.complex_layout import as_complex, lowers_complex, promote, real_layout
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
 
 aten = torch.ops.aten
@@ -22,18 +21,18 @@ aten = torch.ops.aten
 def c2c(e: Emitter, x: Ref, dim: Sequence[Dim], normalization: int, forward: bool) -> Ref:
     """Complex to complex, along every axis of `dim`."""
     axes = [int(d) % x.rank for d in dim]
-    return _scaled(e, _transformed(e, x, axes, inverse=not forward), axes, normalization)
+    return _scaled(e, transformed(e, x, axes, inverse=not forward), axes, normalization)
 
 
 @lowers_complex(aten._fft_r2c.default)
 def r2c(e: Emitter, x: Ref, dim: Sequence[int], normalization: int, onesided: bool) -> Ref:
     """Real to complex; one-sided, the last axis of `dim` keeps the half that tells the other."""
     axes = [d % x.rank for d in dim]
-    z = _transformed(e, promote(e, x, e.out.dtype), axes[-1:])
+    z = transformed(e, promote(e, x, e.out.dtype), axes[-1:])
     if onesided:
         z = as_complex(e.slice(real_layout(z), axes[-1], 0, e.out.shape[axes[-1]]))
     sizes = [x.shape[axis] for axis in axes]
-    return _scaled(e, _transformed(e, z, axes[:-1]), axes, normalization, sizes)
+    return _scaled(e, transformed(e, z, axes[:-1]), axes, normalization, sizes)
 
 
 @lowers_complex(aten._fft_c2r.default)
@@ -41,12 +40,13 @@ def c2r(e: Emitter, x: Ref, dim: Sequence[int], normalization: int, last_dim_siz
     """The inverse of a one-sided transform."""
     axes = [d % x.rank for d in dim]
     sizes = [e.out.shape[axis] for axis in axes]
-    z = _transformed(e, x, axes[:-1], inverse=True)
-    real = _half_inverse(e, z, axes[-1], last_dim_size)
-    return _divided(e, real, sizes, normalization)
+    z = transformed(e, x, axes[:-1], inverse=True)
+    real = e.squeeze(half_inverse(e, z, axes[-1], last_dim_size), [x.rank])
+    return divided(e, real, sizes, normalization)
 
 
-def _transformed(e: Emitter, z: Ref, axes: Sequence[int], inverse: bool = False) -> Ref:
+def transformed(e: Emitter, z: Ref, axes: Sequence[int], inverse: bool = False) -> Ref:
+    """Every axis transformed, without a factor."""
     planes = real_layout(z)
     for axis in axes:
         planes = e.op("tract_core_fft", planes, axis=axis, inverse=inverse)
@@ -55,10 +55,10 @@ def _transformed(e: Emitter, z: Ref, axes: Sequence[int], inverse: bool = False)
 
 def _scaled(e: Emitter, z: Ref, axes: Sequence[int], normalization: int, sizes: Sequence[Dim] | None = None) -> Ref:
     sizes = [z.shape[axis] for axis in axes] if sizes is None else sizes
-    return as_complex(_divided(e, real_layout(z), sizes, normalization))
+    return as_complex(divided(e, real_layout(z), sizes, normalization))
 
 
-def _divided(e: Emitter, x: Ref, sizes: Sequence[Dim], normalization: int) -> Ref:
+def divided(e: Emitter, x: Ref, sizes: Sequence[Dim], normalization: int) -> Ref:
     """By the number of points (2), its root (1), or not (0)."""
     count = math.prod(sizes)
     if normalization == 0:
@@ -69,22 +69,31 @@ def _divided(e: Emitter, x: Ref, sizes: Sequence[Dim], normalization: int) -> Re
     return e.binary("div", x, e.op("sqrt", divisor) if normalization == 1 else divisor, x.dtype)
 
 
-def _half_inverse(e: Emitter, z: Ref, axis: int, size: Dim) -> Ref:
-    """Real signal of `size` points of its half spectrum: the real part of the inverse transform of that half.
+def half_inverse(e: Emitter, z: Ref, axis: int, size: Dim) -> Ref:
+    """Real signal of `size` points of its half spectrum, with a last axis of 1: the real part of the inverse transform of that half.
 
     Bins that stand for two count twice; the others, 0 and size / 2, count once: min(k, 1) + min(size - 2k, 1).
     """
     planes = real_layout(z)
-    dtype = planes.dtype
-    k = e.arange(0, 1, planes.shape[axis], dtype)
+    weight = e.unsqueeze(_bin_weights(e, planes.shape[axis], size, planes.dtype), _others(axis, planes.rank))
+    planes = filled(e, e.op("mul", planes, weight), axis, size)
+    return e.slice(real_layout(transformed(e, as_complex(planes), [axis], inverse=True)), z.rank, 0, 1)
+
+
+def _bin_weights(e: Emitter, bins: Dim, size: Dim, dtype: torch.dtype) -> Ref:
+    if isinstance(bins, int) and isinstance(size, int):
+        return e.constant(torch.tensor([min(k, 1) + min(size - 2 * k, 1) for k in range(bins)], dtype=dtype), "bins")
+    k = e.arange(0, 1, bins, dtype)
     first = e.binary("min", k, 1.0, dtype)
     last = e.binary("min", e.binary("sub", size, e.binary("mul", k, 2.0, dtype), dtype), 1.0, dtype)
-    weight = e.unsqueeze(e.op("add", first, last), [i for i in range(planes.rank) if i != axis])
-    planes = _filled(e, e.op("mul", planes, weight), axis, size)
-    return part(e, _transformed(e, as_complex(planes), [axis], inverse=True), 0)
+    return e.op("add", first, last)
 
 
-def _filled(e: Emitter, x: Ref, axis: int, size: Dim) -> Ref:
+def _others(axis: int, rank: int) -> list[int]:
+    return [i for i in range(rank) if i != axis]
+
+
+def filled(e: Emitter, x: Ref, axis: int, size: Dim) -> Ref:
     """Zeros behind, up to `size`."""
     if x.shape[axis] == size:
         return x
