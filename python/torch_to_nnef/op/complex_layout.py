@@ -182,6 +182,8 @@ def _in_layout(e: Emitter, node: Node, given: dict[str, Any]) -> Ref | list[Ref]
         given["dim"] = None
     if target in _OVER_DIMS.values() and first.rank == 0:
         return promote(e, first, node.outputs[0].dtype)
+    if target is aten.roll.default and not given.get("dims"):  # flattened: a step is both parts
+        given["shifts"] = [2 * shift for shift in given["shifts"]]
     dtype = node.outputs[0].dtype
     given = {name: _argument(e, name, value, rank, dtype) for name, value in given.items()}
     outputs = [Value(v.name, (*v.shape, 2), v.dtype.to_real()) for v in node.outputs]

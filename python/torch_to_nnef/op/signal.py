@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.complex_layout import as_complex, lowers_complex, promote, real_layout
 from torch_to_nnef.op.emitter import Emitter
+from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
 
 aten = torch.ops.aten
@@ -43,6 +45,37 @@ def c2r(e: Emitter, x: Ref, dim: Sequence[int], normalization: int, last_dim_siz
     z = transformed(e, x, axes[:-1], inverse=True)
     real = e.squeeze(half_inverse(e, z, axes[-1], last_dim_size), [x.rank])
     return divided(e, real, sizes, normalization)
+
+
+@lowers(aten.fft_fftshift.default)
+@lowers_complex(aten.fft_fftshift.default)
+def fftshift(e: Emitter, x: Ref, dim: Sequence[int] | None = None) -> Ref:
+    """The zero frequency in the middle."""
+    return _turned(e, x, dim, lambda size: size - half(size))
+
+
+@lowers(aten.fft_ifftshift.default)
+@lowers_complex(aten.fft_ifftshift.default)
+def ifftshift(e: Emitter, x: Ref, dim: Sequence[int] | None = None) -> Ref:
+    """The zero frequency first."""
+    return _turned(e, x, dim, half)
+
+
+def half(size: Dim) -> Dim:
+    """Rounded down, as torch writes it."""
+    return size // 2 if isinstance(size, int) else FloorDiv(size, 2)
+
+
+def _turned(e: Emitter, x: Ref, dim: Sequence[int] | None, start: Callable[[Dim], Dim]) -> Ref:
+    """Axes read from `start` on, the rest behind."""
+    values = real_layout(x)
+    for axis in range(x.rank) if dim is None else [d % x.rank for d in dim]:
+        size = values.shape[axis]
+        places = e.arange(start(size), 1, size, torch.int64)
+        turns = e.binary("div", places, size, torch.int64)
+        places = e.binary("sub", places, e.binary("mul", turns, size, torch.int64), torch.int64)
+        values = e.op("tract_core_gather", values, places, out=values.shape, axis=axis)
+    return as_complex(values) if x.dtype.is_complex else values
 
 
 def transformed(e: Emitter, z: Ref, axes: Sequence[int], inverse: bool = False) -> Ref:

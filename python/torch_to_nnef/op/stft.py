@@ -58,7 +58,11 @@ def _spectra(e: Emitter, planes: Ref, window: Ref, out: tuple[Dim, ...], hop: in
 
 
 def _window(e: Emitter, window: Ref | None, length: int, dtype: torch.dtype) -> Ref:
-    return e.constant(torch.ones(length, dtype=dtype), "window") if window is None else e.cast(window, dtype)
+    if window is None:
+        return e.constant(torch.ones(length, dtype=dtype), "window")
+    if window.dtype.is_complex:
+        raise e.refuse("a complex window; multiply the frames by it (torch.Tensor.unfold), then use torch.fft.fft")
+    return e.cast(window, dtype)
 
 
 def _centered(e: Emitter, window: Ref, size: int) -> Ref:
@@ -79,7 +83,7 @@ def istft(
     window: Ref | None = None,
     center: bool = True,
     normalized: bool = False,
-    onesided: bool | None = None,
+    onesided: bool | None = None,  # the number of bins says it
     length: Dim | None = None,
     return_complex: bool = False,
 ) -> Ref:
@@ -87,12 +91,11 @@ def istft(
     spectra = x if x.rank == 3 else as_complex(e.unsqueeze(real_layout(x), [0]))
     batch, bins, frames = spectra.shape
     turned = e.op("transpose", real_layout(spectra), out=(batch, frames, bins, 2), axes=[0, 2, 1, 3])
-    whole = bins == n_fft and onesided is not True
-    if whole:
+    if return_complex:
         signal = real_layout(transformed(e, as_complex(turned), [2], inverse=True))
-        signal = signal if return_complex else e.slice(signal, 3, 0, 1)
-    else:
-        signal = half_inverse(e, as_complex(turned), 2, n_fft)
+    else:  # of a whole spectrum torch reads one half, too
+        half = turned if bins == n_fft // 2 + 1 else e.slice(turned, 2, 0, n_fft // 2 + 1)
+        signal = half_inverse(e, as_complex(half), 2, n_fft)
     signal = divided(e, signal, [n_fft], 1 if normalized else 2)
     weight = _centered(e, _window(e, window, win_length or n_fft, signal.dtype), n_fft)
     weight = e.unsqueeze(weight, [0, 1, 3])
