@@ -23,7 +23,6 @@ from torch_to_nnef.export import export_model_to_nnef
 from torch_to_nnef.inference_target import TractCheckTolerance, TractNNEF
 
 DTYPES = {
-    "c64": torch.complex64,
     "f32": torch.float32,
     "f16": torch.float16,
     "i64": torch.int64,

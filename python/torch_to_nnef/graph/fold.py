@@ -72,7 +72,7 @@ def _is_known(node: Node, known: Collection[str]) -> bool:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Value)]
     sizes = [d for v in node.outputs for d in v.shape]
     return (
-        (bool(tensors) or node.target in _MADE)
+        (bool(tensors) or node.target in _MADE or 0 in sizes)
         and len(node.outputs) == 1
         and all(v.name in known for v in tensors)
         and not any(hasattr(x, "free_symbols") for x in (*leaves, *sizes))

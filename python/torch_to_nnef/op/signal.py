@@ -51,7 +51,8 @@ def c2r(e: Emitter, x: Ref, dim: Sequence[int], normalization: int, last_dim_siz
 @lowers_complex(aten.fft_fftshift.default)
 def fftshift(e: Emitter, x: Ref, dim: Sequence[int] | None = None) -> Ref:
     """The zero frequency in the middle."""
-    return _turned(e, x, dim, lambda size: size - half(size))
+    # Not size - size / 2, of which tract makes size / 2.
+    return _turned(e, x, dim, lambda size: half(size + 1))
 
 
 @lowers(aten.fft_ifftshift.default)
