@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorNotImplemented
 from torch_to_nnef.graph.capture import Captured
+from torch_to_nnef.graph.fold import fold, live, values
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.symbols import Symbols
 
@@ -31,7 +31,7 @@ _USER_LINE = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 
 
 def to_graph(captured: Captured) -> Graph:
-    """Freeze a capture. Nodes that no output depends on are left out.
+    """Freeze a capture. Nodes that no output depends on are left out, what constants alone give is computed.
 
     Raises `T2NErrorNotImplemented` for an output that is no tensor, or for higher-order calls (torch.cond...).
     """
@@ -66,15 +66,16 @@ class _Converter:
                 outputs = self._outputs(node)
             else:
                 raise T2NErrorNotImplemented(f"graph node {node.op} {node.target} has no equivalent in NNEF")
-        nodes = _live(self.nodes, outputs)
-        used = {v.name for n in nodes for v in _values((n.args, n.kwargs))} | {v.name for v in outputs}
+        nodes = live(self.nodes, outputs)
+        used = {v.name for n in nodes for v in values((n.args, n.kwargs))} | {v.name for v in outputs}
         weights = {name: fqn for name, fqn in self.fqns.items() if name in used}
         missing = sorted(fqn for fqn in weights.values() if fqn not in self.captured.tensors)
         if missing:
             raise T2NErrorConsistency(f"the capture uses tensors the model does not hold: {missing}")
         symbols = tuple(dict.fromkeys(s for axes in self.captured.inputs.axes for s in axes.values()))
         names = self.captured.inputs.names
-        return Graph(tuple(self.inputs), names, weights, self.captured.tensors, tuple(nodes), outputs, symbols)
+        graph = Graph(tuple(self.inputs), names, weights, self.captured.tensors, tuple(nodes), outputs, symbols)
+        return fold(graph, self.captured.program.graph_signature.inputs_to_lifted_tensor_constants.values())
 
     def _call(self, node: FxNode) -> None:
         val = node.meta.get("val")
@@ -157,16 +158,3 @@ def _source(node: FxNode) -> str:
     """Last frame of the user's code in torch's stack trace, as `file:line in function`."""
     frames = [f for f in _USER_LINE.findall(node.meta.get("stack_trace") or "") if "/torch/nn/" not in f[0]]
     return f"{frames[-1][0]}:{frames[-1][1]} in {frames[-1][2]}" if frames else ""
-
-
-def _values(tree: Any) -> Iterable[Value]:
-    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Value))
-
-
-def _live(nodes: list[Node], outputs: tuple[Value, ...]) -> list[Node]:
-    needed, live = {v.name for v in outputs}, list[Node]()
-    for node in reversed(nodes):
-        if any(v.name in needed for v in node.outputs):
-            live.append(node)
-            needed.update(v.name for v in _values((node.args, node.kwargs)))
-    return live[::-1]

@@ -9,13 +9,16 @@ from unittest import mock
 import torch
 from torch.nn.functional import max_pool2d
 
+from torch_to_nnef.graph.istft import istft
+
 Size = int | tuple[int, ...] | list[int]
 
 
 @contextmanager
 def symbolic_max_pool1d() -> Iterator[None]:
-    """torch.max_pool1d reads its length as a number; the same over one row of two dimensions does not."""
-    with mock.patch.object(torch, "max_pool1d", _max_pool1d):
+    """torch.max_pool1d and torch.istft read their length as a number; these do not."""
+    istfts = [mock.patch.object(holder, "istft", istft) for holder in (torch, torch.Tensor)]
+    with mock.patch.object(torch, "max_pool1d", _max_pool1d), istfts[0], istfts[1]:
         yield
 
 

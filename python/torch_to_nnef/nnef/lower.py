@@ -14,6 +14,7 @@ from torch_to_nnef.exceptions import T2NErrorMissingOpEmitter
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.names import Names, VariableNamingScheme
+from torch_to_nnef.op.complex_layout import is_complex, real_layout, table_of
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import table
 from torch_to_nnef.op.statement import Ref, Statement, Variable
@@ -30,16 +31,16 @@ class Lowered:
 
 def missing_ops(graph: Graph) -> list[torch._ops.OpOverload]:
     """Ops of the graph without a handler, each once."""
-    ops = table()
-    return list(dict.fromkeys(node.target for node in graph.nodes if node.target not in ops))
+    table()
+    return list(dict.fromkeys(node.target for node in graph.nodes if node.target not in table_of(node)))
 
 
 def refuse_missing(graph: Graph) -> None:
     """Raise `T2NErrorMissingOpEmitter` that lists every op without handler, with counts and module paths."""
-    ops = table()
+    table()
     nodes = defaultdict[Any, list[Node]](list)
     for node in graph.nodes:
-        if node.target not in ops:
+        if node.target not in table_of(node):
             nodes[node.target].append(node)
     if not nodes:
         return
@@ -48,7 +49,8 @@ def refuse_missing(graph: Graph) -> None:
         places = Counter(node.module_path or "<root module>" for node in uses)
         shown = ", ".join(f"{path} x{n}" if n > 1 else path for path, n in places.most_common(5))
         more = f" and {len(places) - 5} more modules" if len(places) > 5 else ""
-        lines.append(f"  {op} ({len(uses)} use{'s' * (len(uses) > 1)}): {shown}{more}")
+        values = " on complex values" if is_complex(uses[0]) else ""
+        lines.append(f"  {op}{values} ({len(uses)} use{'s' * (len(uses) > 1)}): {shown}{more}")
         lines += [f"    first at {uses[0].source}"] if uses[0].source else []
     raise T2NErrorMissingOpEmitter(f"{len(nodes)} ATen operator(s) have no lowering to NNEF:\n" + "\n".join(lines))
 
@@ -61,7 +63,8 @@ def lower(graph: Graph, name: str, output_names: Sequence[str], scheme: Variable
 
 class _Lowering:
     def __init__(self, graph: Graph, output_names: Sequence[str], scheme: VariableNamingScheme) -> None:
-        self.graph, self.output_names, self.ops = graph, output_names, table()
+        table()
+        self.graph, self.output_names = graph, output_names
         self.names = Names(scheme, [*graph.input_names, *output_names, *graph.symbols])
         self.variables: dict[int, Variable] = {}
         # Shared weights go by the first of their names, whichever torch picked.
@@ -84,7 +87,7 @@ class _Lowering:
         name = Names(VariableNamingScheme.RAW, ()).unique(name)
         document = Document(
             name,
-            tuple(inputs),
+            tuple(map(real_layout, inputs)),
             tuple(self.output_names),
             statements,
             tuple(variables),
@@ -98,7 +101,7 @@ class _Lowering:
         args, kwargs = pytree.tree_map(
             lambda a: self._ref(a) if isinstance(a, Value) else a, (node.args, dict(node.kwargs))
         )
-        result = self.ops.lower(self.emitter, node, args, kwargs)
+        result = table_of(node).lower(self.emitter, node, args, kwargs)
         results = result if isinstance(result, list) else [result]
         for index, value in enumerate(node.outputs):
             # A handler may give fewer results than torch has; what is then used fails in `_ref`.
@@ -119,7 +122,8 @@ class _Lowering:
         tensor = self.graph.tensors[fqn]
         if id(tensor) not in self.variables:
             fqn = self.first_fqn[id(tensor)]
-            self.variables[id(tensor)] = Variable(self.names.unique(fqn), fqn, tensor)
+            stored = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
+            self.variables[id(tensor)] = Variable(self.names.unique(fqn), fqn, stored)
         return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), tensor.dtype, fqn)
 
     def _outputs(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ _FAMILIES = (
     "activation",
     "adaptive",
     "attention",
+    "complex",
     "conv",
     "create",
     "cut",
@@ -47,8 +48,10 @@ _FAMILIES = (
     "scan",
     "scatter",
     "shape",
+    "signal",
     "sort",
     "special",
+    "stft",
 )
 # Arguments that change where or how torch computes, never the values an archive gives: dtype is read from the output.
 _WITHOUT_EFFECT = frozenset(
@@ -130,7 +133,7 @@ class OpTable:
             raise e.refuse(reason)
 
         for op in ops:
-            self._handlers[op] = Handler(refuse, tuple(_parameter(a.name) for a in op._schema.arguments))
+            self._handlers[op] = Handler(refuse, tuple(parameter(a.name) for a in op._schema.arguments))
 
     def __contains__(self, op: OpOverload) -> bool:
         return op in self._handlers

@@ -78,10 +78,15 @@ class Comparison:
 
 
 def as_array(values: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
-    """Return the values as a numpy array on the host, not copied if avoidable; bf16, which numpy lacks, as f32."""
+    """Return the values as tract takes and gives them, on the host, not copied if avoidable.
+
+    bf16, which numpy lacks, is f32; complex values are real ones with a last axis of 2, as in the archive.
+    """
     if isinstance(values, np.ndarray):
         return values
-    values = values.detach().cpu()
+    values = values.detach().cpu().resolve_conj().resolve_neg()
+    if values.is_complex():
+        values = torch.view_as_real(values)
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
@@ -102,6 +107,8 @@ def compare(
     step = 0.0
     if isinstance(reference, torch.Tensor) and reference.is_quantized:
         reference, actual, step = _dequantized(reference, actual)
+    if isinstance(reference, torch.Tensor) and reference.is_complex():
+        reference = torch.view_as_real(reference.detach().resolve_conj())
     dtype = str(reference.dtype).removeprefix("torch.")
     expected = as_array(reference)
     if reason := _incomparable(expected, actual, dtype):
