@@ -3,7 +3,6 @@
 import pytest
 import torch
 from rows import BS, B, Row, check, flags, ids, x
-from torch.nn import functional as F
 
 pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")
 
