@@ -24,6 +24,7 @@ from torch_to_nnef.graph.capture import Captured, capture, decompose, eval_mode
 from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.inputs import Args, Inputs, check_names, prepare
 from torch_to_nnef.graph.ir import Graph
+from torch_to_nnef.graph.torchscript import eager
 from torch_to_nnef.inference_target import TractCheckTolerance, TractNNEF
 from torch_to_nnef.log import LOGGER, at_level
 from torch_to_nnef.nnef.document import Document
@@ -160,6 +161,7 @@ def plan_export(
 ) -> Plan:
     """Everything before the first byte is written."""
     with steps("capture"):
+        model = eager(model)
         inputs = prepare(model, args, naming.inputs, target.dynamic_axes, naming.counts_must_match)
         captured, graph = captured_graph(model, inputs)
     with steps("lower"):

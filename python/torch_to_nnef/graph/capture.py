@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.inputs import Inputs
 from torch_to_nnef.graph.patches import symbolic_max_pool1d
+from torch_to_nnef.graph.torchscript import interpreted_functions
 
 # torch burns sizes 0 and 1 into a graph, so a dynamic axis is traced at this size or more.
 _SMALLEST_TRACED = 2
@@ -90,7 +91,11 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
     args, kwargs = traced.unflatten(traced.tensors)
     leaves = [dict.fromkeys(axes, Dim.DYNAMIC) for axes in traced.axes]
     dims = _by_parameter(model, *inputs.unflatten(leaves))
-    with eval_mode(model), symbolic_max_pool1d(), _placeholders(model) as (mode, tensors), torch.no_grad():
+    patches = eval_mode(model), symbolic_max_pool1d(), interpreted_functions(), torch.no_grad()
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        mode, tensors = stack.enter_context(_placeholders(model))
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
         try:
             program = torch.export.export(model, fake_args, fake_kwargs, dynamic_shapes=dims, strict=False)
@@ -128,7 +133,8 @@ def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; every module gets its own mode back."""
-    training = [(module, module.training) for module in model.modules()]
+    # A frozen ScriptModule has no mode.
+    training = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     model.eval()
     try:
         yield
@@ -177,6 +183,4 @@ def _explain(error: Exception, model: nn.Module) -> Exception:
     hint = ""
     if "data-dependent" in text.lower() or "GuardOnDataDependent" in kind:
         hint = "\nhint: a Python branch reads a tensor's value; write it with torch.where or torch.cond"
-    elif isinstance(model, torch.jit.ScriptModule):
-        hint = "\nhint: torch.export takes no ScriptModule; export the nn.Module it was made from"
     return T2NErrorNotImplemented(f"torch.export could not capture {type(model).__name__}: {kind}: {text}{hint}")
