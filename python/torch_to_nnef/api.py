@@ -19,6 +19,7 @@ from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, rel
 from torch_to_nnef.graph.capture import eval_mode
 from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.inputs import Args, DynamicAxes, prepare
+from torch_to_nnef.graph.torchscript import eager
 from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.nnef.writer import target_path, write_archive
@@ -69,6 +70,9 @@ def quantize_and_verify(
     destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
+    original, model = model, eager(model)
+    if inplace and model is not original:
+        raise T2NErrorInvalidArgument("a ScriptModule cannot hold quantized weights: leave out inplace=True")
     steps = Steps()
     with steps("capture"):
         inputs = prepare(model, args, input_names, target.dynamic_axes)
@@ -79,6 +83,8 @@ def quantize_and_verify(
     ours = registry is DEFAULT_COMPRESSION and not callable(method)
     copied = copy_model(model, share_weights=ours)
     work, reference = (model, copied) if inplace else (copied, model)
+    # Unless its weights change, what was given is what the archive must equal.
+    unchanged = original if method is None and not overrides else work
     with recording() as recorded, _restored_on_error(work), staged(destination) as beside:
         with steps("quantize"):
             selection = Selection(uses=weight_uses(graph), include=include, exclude=exclude)
@@ -90,9 +96,9 @@ def quantize_and_verify(
         with steps("write"):
             size = write_archive(plan.document, beside, form, None)
         with steps("verify"):
-            archive = check(plan, beside, work, target.check_io_tolerance) if target.check_io else ()
+            archive = check(plan, beside, unchanged, target.check_io_tolerance) if target.check_io else ()
         with steps("compare with float"):
-            quantization = _cost(plan, reference, work, target) if method is not None else ()
+            quantization = _cost(plan, reference if inplace else original, work, target) if method is not None else ()
     rows = _rows(recorded, reference, work, _name(method))
     return Report(
         model=type(model).__name__,

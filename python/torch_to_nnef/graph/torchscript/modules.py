@@ -42,6 +42,8 @@ class Scripted(nn.Module):
         for held in (self._parameters, self._buffers, self._modules):
             if name in held:
                 return held[name]
+        if name.startswith("__"):  # Python asks, e.g. for __deepcopy__; the original would answer for itself
+            raise AttributeError(name)
         return getattr(self.script, name)
 
     def call_method(self, name: str, *args: Any) -> Any:
