@@ -98,5 +98,5 @@ def test_in_q40(silero, tmp_path):
     audio = recording(16_000)
     expected, _ = follow_in_torch(silero, audio, 16_000)
     speech, _ = follow(tmp_path / "vad.nnef.tgz", audio, 16_000)
-    assert np.corrcoef(speech, expected)[0, 1] > 0.95
+    assert np.corrcoef(speech, expected)[0, 1] > 0.9
     assert ((speech > 0.5) == (expected > 0.5)).mean() > 0.95
