@@ -142,8 +142,9 @@ class Plan:
         return self.captured.inputs
 
     def input_sets(self) -> tuple[InputSet, ...]:
-        """The samples, and the same at other sizes of every symbol."""
-        return resized_input_sets(self.inputs.tensors, self.inputs.axes)
+        """The samples, and the same at other sizes of every symbol, within what the capture holds for."""
+        sets = resized_input_sets(self.inputs.tensors, self.inputs.axes)
+        return tuple(s for s in sets if s.traced or all(limit.holds(s.sizes) for limit in self.captured.limits))
 
     def runner(self, model: nn.Module) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
         """`model` as a function of flat tensors, in eval mode."""
@@ -191,7 +192,10 @@ def relower(
     if overlap and not naming.may_overlap:
         raise T2NErrorInvalidArgument(f"names of inputs and outputs overlap: {overlap}")
     lowered = lower(graph, name, outputs, naming.scheme)
-    document = replace(lowered.document, extensions=tuple(extensions), properties=_properties(target))
+    asserted = tuple(f"tract_assert {limit.assertion()}" for limit in captured.limits)
+    document = replace(
+        lowered.document, extensions=tuple(dict.fromkeys((*extensions, *asserted))), properties=_properties(target)
+    )
     lint(document)
     return Plan(captured, graph, lowered, document)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +15,13 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
+from torch_to_nnef.exceptions import T2NError, T2NErrorDynamicShapeValue, T2NErrorInvalidArgument
+from torch_to_nnef.graph.conds import inline_conds
+from torch_to_nnef.graph.explain import explain
+from torch_to_nnef.graph.guards import Axis, Limit, Watch, limits
 from torch_to_nnef.graph.inputs import Inputs
 from torch_to_nnef.graph.patches import symbolic_max_pool1d
+from torch_to_nnef.graph.places import module_names
 from torch_to_nnef.graph.torchscript import interpreted_functions
 
 # torch burns sizes 0 and 1 into a graph, so a dynamic axis is traced at this size or more.
@@ -32,11 +35,13 @@ class Captured:
     """An exported program over fake weights, and the tensors those stand for.
 
     `tensors` maps every fqn (parameter, buffer, lifted constant) to the user's own tensor; tied ones are the same object.
+    `limits` are the sizes it is bound to.
     """
 
     program: ExportedProgram
     inputs: Inputs
     tensors: Mapping[str, torch.Tensor]
+    limits: tuple[Limit, ...] = ()
 
     def fqns(self) -> dict[str, str]:
         """Placeholder name -> fqn of the tensor it stands for."""
@@ -85,23 +90,44 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
     """Trace `model` in eval mode with symbolic sizes on the dynamic axes of `inputs`.
 
     Raises: `T2NErrorDynamicShapeValue` if torch fixes a dimension that was asked to be dynamic; `T2NErrorNotImplemented` if the module
-    cannot be captured, with torch's explanation.
+    cannot be captured; both with the user's line.
     """
-    traced = inputs.resized({name: max(size, _SMALLEST_TRACED) for name, size in inputs.sizes().items()})
-    args, kwargs = traced.unflatten(traced.tensors)
-    leaves = [dict.fromkeys(axes, Dim.DYNAMIC) for axes in traced.axes]
+    sizes = {name: max(size, _SMALLEST_TRACED) for name, size in inputs.sizes().items()}
+    try:
+        return _capture(model, inputs, sizes)
+    except T2NErrorDynamicShapeValue:
+        # At small sizes derived ones are 1, which torch burns in; multiples keep what models demand of sizes.
+        with contextlib.suppress(T2NError):
+            return _capture(model, inputs, {name: 4 * size for name, size in sizes.items()})
+        raise
+
+
+def _capture(model: nn.Module, inputs: Inputs, sizes: Mapping[str, int]) -> Captured:
+    args, kwargs = inputs.resized(sizes).unflatten(inputs.resized(sizes).tensors)
+    leaves = [dict.fromkeys(axes, Dim.DYNAMIC) for axes in inputs.axes]
     dims = _by_parameter(model, *inputs.unflatten(leaves))
-    patches = eval_mode(model), symbolic_max_pool1d(), interpreted_functions(), torch.no_grad()
+    watch = Watch(_axes(model, inputs), module_names(model))
     with contextlib.ExitStack() as stack:
-        for patch in patches:
+        for patch in (eval_mode(model), symbolic_max_pool1d(), interpreted_functions(), torch.no_grad(), watch()):
             stack.enter_context(patch)
         mode, tensors = stack.enter_context(_placeholders(model))
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
         try:
             program = torch.export.export(model, fake_args, fake_kwargs, dynamic_shapes=dims, strict=False)
         except Exception as error:  # torch.export raises many unrelated classes
-            raise _explain(error, model) from error
-        return Captured(program, inputs, {**_constants(program), **tensors})
+            raise explain(error, type(model).__name__, watch) from error
+        inline_conds(program.graph_module)
+        return Captured(program, inputs, {**_constants(program), **tensors}, limits(watch))
+
+
+def _axes(model: nn.Module, inputs: Inputs) -> dict[str, Axis]:
+    """Torch's name of every dynamic size -> whose it is."""
+    numbered = _by_parameter(model, *inputs.unflatten(range(len(inputs.names))))
+    return {
+        f"L{pytree.keystr(path)}.size()[{axis}]": Axis(inputs.names[index], axis, symbol)
+        for path, index in pytree.tree_flatten_with_path(numbered)[0]
+        for axis, symbol in inputs.axes[index].items()
+    }
 
 
 def decompose(captured: Captured, ops: Sequence[torch._ops.OpOverload]) -> Captured:
@@ -110,7 +136,7 @@ def decompose(captured: Captured, ops: Sequence[torch._ops.OpOverload]) -> Captu
     table = {op: known[op] for op in ops if op in known}
     with torch.no_grad():
         program = captured.program.run_decompositions(table)
-    return Captured(program, captured.inputs, {**_constants(program), **captured.tensors})
+    return replace(captured, program=program, tensors={**_constants(program), **captured.tensors})
 
 
 def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
@@ -169,18 +195,3 @@ def _placeholders(model: nn.Module) -> Iterator[tuple[FakeTensorMode, dict[str, 
     finally:
         for holder, name, parameter in undo:
             holder[name] = parameter
-
-
-def _explain(error: Exception, model: nn.Module) -> Exception:
-    text = re.sub(r"\n{2,}", "\n", str(error)).strip()
-    kind = type(error).__name__
-    if "dynamic" in text and (
-        "specialized" in text or "Constraints violated" in text or kind == "ConstraintViolationError"
-    ):
-        return T2NErrorDynamicShapeValue(
-            f"torch.export fixed a dimension of {type(model).__name__} that was asked to be dynamic:\n{text}"
-        )
-    hint = ""
-    if "data-dependent" in text.lower() or "GuardOnDataDependent" in kind:
-        hint = "\nhint: a Python branch reads a tensor's value; write it with torch.where or torch.cond"
-    return T2NErrorNotImplemented(f"torch.export could not capture {type(model).__name__}: {kind}: {text}{hint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -11,10 +12,11 @@ import torch
 from torch.fx import Node as FxNode
 from torch.utils import _pytree as pytree
 
-from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorNotImplemented
+from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorDynamicShapeValue, T2NErrorNotImplemented
 from torch_to_nnef.graph.capture import Captured
 from torch_to_nnef.graph.fold import fold, live, values
 from torch_to_nnef.graph.ir import Graph, Node, Value
+from torch_to_nnef.graph.places import Place, is_users
 from torch_to_nnef.graph.symbols import Symbols
 
 # Calls without a value: checks that torch leaves in the graph. tract checks shapes and dtypes itself.
@@ -27,7 +29,7 @@ _CHECKS = frozenset(
         torch.ops.aten.sym_constrain_range.default,
     }
 )
-_USER_LINE = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 
 
 def to_graph(captured: Captured) -> Graph:
@@ -64,8 +66,7 @@ class _Converter:
                 self._call(node)
             elif node.op == "output":
                 outputs = self._outputs(node)
-            else:
-                raise T2NErrorNotImplemented(f"graph node {node.op} {node.target} has no equivalent in NNEF")
+            # Else get_attr: the body of a higher-order call, which is refused.
         nodes = live(self.nodes, outputs)
         used = {v.name for n in nodes for v in values((n.args, n.kwargs))} | {v.name for v in outputs}
         weights = {name: fqn for name, fqn in self.fqns.items() if name in used}
@@ -79,25 +80,26 @@ class _Converter:
 
     def _call(self, node: FxNode) -> None:
         val = node.meta.get("val")
-        if node.target in _CHECKS or isinstance(
-            val, torch.SymFloat
-        ):  # a float on the way to a size says itself in the size
+        if node.target in _CHECKS:
             return
         if node.target is operator.getitem:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif isinstance(val, (int, float, bool, torch.SymInt)):
-            self.env[node] = self.symbols.dim(val) if isinstance(val, torch.SymInt) else val
+        elif isinstance(val, torch.SymInt):
+            self.env[node] = self._located(node, self.symbols.dim, val)
+        elif isinstance(val, (int, float, bool, torch.SymFloat, torch.SymBool)):
+            self.env[node] = val  # a float on the way to a size says itself in the size; else `_argument` refuses it
         elif isinstance(node.target, torch._ops.OpOverload):
             self.nodes.append(self._node(node, node.target, val))
         else:
             raise T2NErrorNotImplemented(
-                f"{node.target} at {_module_path(node) or '<root module>'} has no equivalent in NNEF"
+                f"{node.target} has no equivalent in NNEF: tract computes no branch or loop that is known only when it runs{_at(node)}"
             )
 
     def _node(self, node: FxNode, target: torch._ops.OpOverload, val: Any) -> Node:
         many = isinstance(val, (list, tuple))
         names = [f"{node.name}_{i}" for i in range(len(val))] if many else [node.name]
-        outputs = tuple(self._value(n, v) for n, v in zip(names, val if many else [val], strict=True) if v is not None)
+        named = [(n, v) for n, v in zip(names, val if many else [val], strict=True) if v is not None]
+        outputs = tuple(self._located(node, self._value, n, v) for n, v in named)
         self.env[node] = list(outputs) if many else outputs[0]
         args, kwargs = self._argument(node, (tuple(node.args), dict(node.kwargs)))
         return Node(node.name, target, tuple(args), kwargs, outputs, _module_path(node), _source(node))
@@ -109,12 +111,23 @@ class _Converter:
             dense, below = dense and (size == 1 or stride == below), below * size
         return Value(name, shape, val.dtype, dense)
 
+    def _located(self, node: FxNode, compute: Callable[..., Any], *args: Any) -> Any:
+        """`compute(*args)`; an error gets the op and the user's line."""
+        try:
+            return compute(*args)
+        except T2NErrorDynamicShapeValue as error:
+            raise T2NErrorDynamicShapeValue(f"{node.target}: {error}{_at(node)}") from None
+
     def _argument(self, node: FxNode, tree: Any) -> Any:
         def leaf(arg: Any) -> Any:
             if isinstance(arg, FxNode):
-                if arg not in self.env:
-                    raise T2NErrorNotImplemented(f"{node.target} computes with {arg.target}, a float made of sizes")
-                return self.env[arg]
+                arg = self.env[arg]
+            if isinstance(arg, (torch.SymFloat, torch.SymBool)):
+                read = "read out of a tensor" if self.symbols.unnamed(arg) else "a fraction of a dynamic size"
+                raise T2NErrorNotImplemented(
+                    f"{node.target} takes a Python number that is {read} ({arg}): tract has it only when it runs{_at(node)}\n"
+                    "  hint: compute with tensors: leave out `.item()`, float() and `.tolist()`; divide sizes by `//`"
+                )
             return self.symbols.dim(arg) if isinstance(arg, torch.SymInt) else arg
 
         return pytree.tree_map(leaf, tree)
@@ -123,9 +136,12 @@ class _Converter:
         signature = self.captured.program.graph_signature
         mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
         if mutated:
+            by_name = {n.name: n for n in self.fx.nodes}
+            writes = [f"\n  `{fqn}`{_at(by_name[name])}" for name, fqn in mutated.items()]
             raise T2NErrorNotImplemented(
-                f"the model writes into {sorted(mutated.values())} while it runs; "
-                "an archive keeps no state: return the new value as an output"
+                "the model writes into its buffers or inputs while it runs; an archive keeps no state:"
+                + "".join(writes)
+                + "\n  hint: take the old value as an input and return the new one as an output"
             )
         leaves = [leaf for leaf in pytree.tree_leaves(node.args) if leaf is not None]
         values: list[Any] = [self.env.get(leaf) if isinstance(leaf, FxNode) else leaf for leaf in leaves]
@@ -154,7 +170,16 @@ def _module_path(node: FxNode) -> str:
     return re.sub(r"^L\['self'\]\.?", "", path)
 
 
+def _place(node: FxNode) -> Place | None:
+    """Last frame of the user's code in torch's stack trace."""
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if is_users(f[0])]
+    return Place(frames[-1][0], int(frames[-1][1]), frames[-1][2], _module_path(node)) if frames else None
+
+
 def _source(node: FxNode) -> str:
-    """Last frame of the user's code in torch's stack trace, as `file:line in function`."""
-    frames = [f for f in _USER_LINE.findall(node.meta.get("stack_trace") or "") if "/torch/nn/" not in f[0]]
-    return f"{frames[-1][0]}:{frames[-1][1]} in {frames[-1][2]}" if frames else ""
+    place = _place(node)
+    return f"{place.file}:{place.line} in {place.function}" if place else ""
+
+
+def _at(node: FxNode) -> str:
+    return f"\n  at {_place(node) or _module_path(node) or '<root module>'}"

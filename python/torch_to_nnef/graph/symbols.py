@@ -22,13 +22,16 @@ class Symbols:
     def __init__(self, names: Mapping[sympy.Symbol, str]) -> None:
         self._rename = {symbol: sympy.Symbol(name, integer=True, positive=True) for symbol, name in names.items()}
 
+    def unnamed(self, number: torch.SymInt | torch.SymFloat | torch.SymBool) -> list[sympy.Symbol]:
+        """Symbols of `number` that no dynamic axis has: values torch knows only when the model runs."""
+        return [symbol for symbol in number.node.expr.free_symbols if symbol not in self._rename]
+
     def dim(self, size: int | torch.SymInt) -> Dim:
         """The dimension behind a size that torch reports."""
         if isinstance(size, int):
             return size
         expr = size.node.expr
-        unnamed = [s for s in expr.free_symbols if s not in self._rename]
-        if unnamed:
+        if unnamed := self.unnamed(size):
             raise T2NErrorDynamicShapeValue(
                 f"the size {expr} depends on the data ({', '.join(map(str, unnamed))}), not on a dynamic axis of an input: "
                 "tract cannot plan such a tensor; compute it with masks (torch.where) or name the axis in dynamic_axes"

@@ -20,8 +20,6 @@ JitBlock = torch._C.Graph | torch._C.Block
 # Calls of methods, under a name that torch's inliner, wanted for functions only, does not know.
 _METHOD = "t2n::CallMethod"
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
-# What an exception raised in a graph carries: file and line of the user's source.
-LOCATION = "torchscript_location"
 
 
 @contextmanager
@@ -101,12 +99,8 @@ class _Run:
 
     def block(self, block: JitBlock) -> list[Any]:
         for node in block.nodes():
-            try:
-                results = self.node(node, [self.env[v.debugName()] for v in node.inputs()])
-            except Exception as error:
-                if not hasattr(error, LOCATION):
-                    setattr(error, LOCATION, location(node))
-                raise
+            # `node` is what a report finds in this frame when an operator fails: see `location`.
+            results = self.node(node, [self.env[v.debugName()] for v in node.inputs()])
             self.env.update(zip((v.debugName() for v in node.outputs()), results, strict=True))
         return [self.env[v.debugName()] for v in block.outputs()]
 
@@ -173,7 +167,10 @@ _CONTROL: Mapping[str, Callable[[_Run, JitNode, list[Any]], Sequence[Any]]] = {
 }
 
 
-def location(node: JitNode) -> tuple[str, int] | None:
-    """File and line of the source that `node` was compiled from, as far as TorchScript kept it."""
-    found = _LINE.search(node.sourceRange())
-    return (found[1], int(found[2])) if found else None
+def location(node: JitNode) -> tuple[str, int, str] | None:
+    """File, line and text of the source that `node` was compiled from, as far as TorchScript kept it."""
+    shown = node.sourceRange()
+    found = _LINE.search(shown)
+    # The text ends a line before the one that underlines it.
+    above = shown.partition("<--- HERE")[0].splitlines()[-2:-1]
+    return (found[1], int(found[2]), above[0].strip() if above else "") if found else None
