@@ -40,6 +40,7 @@ from torch_to_nnef.verify import (
     raise_on_mismatch,
     resized_input_sets,
     verify_archive,
+    within,
 )
 from torch_to_nnef.verify.bundle import write_bundle
 
@@ -142,9 +143,10 @@ class Plan:
         return self.captured.inputs
 
     def input_sets(self) -> tuple[InputSet, ...]:
-        """The samples, and the same at other sizes of every symbol, within what the capture holds for."""
+        """The samples, and the same at other sizes of every symbol, within what the archive asserts of them."""
         sets = resized_input_sets(self.inputs.tensors, self.inputs.axes)
-        return tuple(s for s in sets if s.traced or all(limit.holds(s.sizes) for limit in self.captured.limits))
+        asserted = [line.partition(" ")[2] for line in self.document.extensions if line.startswith("tract_assert ")]
+        return tuple(s for s in sets if s.traced or within(asserted, s.sizes))
 
     def runner(self, model: nn.Module) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
         """`model` as a function of flat tensors, in eval mode."""

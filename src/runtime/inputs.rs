@@ -7,7 +7,7 @@ use tract_nnef::internal::{ShapeFact, Symbol, SymbolValues, TDim, TypedModel};
 use super::{Dim, Fact, Input, TYPES, invalid};
 use crate::error::{Error, Result};
 
-/// Sizes of the symbols; [`Error::InvalidArgument`] unless the inputs are what `model` takes, symbols having one size each.
+/// Sizes of the symbols; [`Error::InvalidArgument`] unless the inputs are what `model` takes, symbols having one size each, within what the archive asserts of them.
 pub fn check(model: &TypedModel, facts: &[Fact], inputs: &[Input<'_>]) -> Result<SymbolValues> {
     if inputs.len() != facts.len() {
         let names: Vec<_> = facts.iter().map(|fact| fact.name.as_str()).collect();
@@ -23,6 +23,12 @@ pub fn check(model: &TypedModel, facts: &[Fact], inputs: &[Input<'_>]) -> Result
     // Once every symbol that stands alone is known.
     for (index, (fact, input)) in facts.iter().zip(inputs).enumerate() {
         sizes.check(fact, shape(index)?, input)?;
+    }
+    // tract reasons with its assertions, but does not check them.
+    for asserted in model.symbols.all_assertions() {
+        if asserted.check(&sizes.values) == Some(false) {
+            return invalid(format!("the archive holds only where {asserted}: it cannot compute inputs of these sizes"));
+        }
     }
     Ok(sizes.values)
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,8 +114,12 @@ def _capture(model: nn.Module, inputs: Inputs, sizes: Mapping[str, int]) -> Capt
             stack.enter_context(patch)
         mode, tensors = stack.enter_context(_placeholders(model))
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+        said = io.StringIO()
         try:
-            program = torch.export.export(model, fake_args, fake_kwargs, dynamic_shapes=dims, strict=False)
+            # On failure torch prints the graph it had, which says less than the report.
+            with contextlib.redirect_stderr(said):
+                program = torch.export.export(model, fake_args, fake_kwargs, dynamic_shapes=dims, strict=False)
+            sys.stderr.write(said.getvalue())
         except Exception as error:  # torch.export raises many unrelated classes
             raise explain(error, type(model).__name__, watch) from error
         inline_conds(program.graph_module)

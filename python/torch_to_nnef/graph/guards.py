@@ -111,10 +111,6 @@ class Limit:
     condition: sympy.Basic
     place: Place | None
 
-    def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the graph may be run at `sizes`."""
-        return bool(self.condition.subs({s: sizes[str(s)] for s in self.condition.free_symbols}))
-
     def assertion(self) -> str:
         """As tract's `tract_assert` has it."""
         left, right = self.condition.args

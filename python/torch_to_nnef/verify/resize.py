@@ -1,6 +1,6 @@
 """Sample inputs at other sizes: one set of tensors for every combination of symbol sizes worth trying."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,18 @@ def resized_input_sets(
         )
         sets.append(InputSet(sizes, resized, traced=False))
     return tuple(sets)
+
+
+def within(assertions: Iterable[str], sizes: Mapping[str, int]) -> bool:
+    """Whether `sizes` satisfy every assertion in tract's syntax (`S + P <= 512`); one that cannot be read, a scenario, excludes nothing."""
+    names = {**sizes, "min": min, "max": max}
+    for text in assertions:
+        try:
+            if not eval(text.replace("/", "//"), {"__builtins__": {}}, names):
+                return False
+        except (SyntaxError, NameError):
+            continue
+    return True
 
 
 def other_sizes(traced: Mapping[str, int]) -> list[dict[str, int]]:

@@ -169,7 +169,8 @@ _CONTROL: Mapping[str, Callable[[_Run, JitNode, list[Any]], Sequence[Any]]] = {
 
 def location(node: JitNode) -> tuple[str, int, str] | None:
     """File, line and text of the source that `node` was compiled from, as far as TorchScript kept it."""
-    shown = node.sourceRange()
+    # An assignment has no source of its own; what it assigns has.
+    shown = next(filter(_LINE.search, (n.sourceRange() for n in (node, *(v.node() for v in node.inputs())))), "")
     found = _LINE.search(shown)
     # The text ends a line before the one that underlines it.
     above = shown.partition("<--- HERE")[0].splitlines()[-2:-1]
