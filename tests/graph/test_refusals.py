@@ -236,7 +236,7 @@ def test_a_condition_that_cannot_be_asserted_is_refused(tmp_path):
 
 def test_assertions_of_the_user_bound_the_sizes_it_is_verified_at(tmp_path):
     path = export(lambda x: x + 1, tmp_path, custom_extensions=["tract_assert B <= 4"])
-    with pytest.raises(T2NErrorInvalidArgument, match="B <= 4|4"):
+    with pytest.raises(T2NErrorInvalidArgument, match=r"B\D+4"):
         TractModel.load(path).run(torch.ones(5, 3))
 
 

@@ -48,10 +48,10 @@ class Block(nn.Module):
         y = self.norm(self.conv(x)).transpose(1, 2)
         parts: list[torch.Tensor] = []
         for i in range(self.steps):
-            parts.append(y * float(i + 1))
+            parts.append(y * float(i + 1))  # noqa: PERF401 - a loop is what is tested
         y = torch.stack(parts).sum(0)
         table = {"scale": self.scale}
-        if self.wide and y.size(-1) == 32:
+        if self.wide and y.size(-1) == 32:  # noqa: SIM108
             y = self.mix(y, table["scale"])
         else:
             y = self.mix(y)
@@ -150,7 +150,9 @@ class Counter(nn.Module):
 
 
 def test_state_in_attributes_is_refused_with_its_line(tmp_path):
-    with pytest.raises(T2NErrorNotImplemented, match=r"(?s)`state`.*test_torchscript.py:\d+.*self\.state = self\.state"):
+    with pytest.raises(
+        T2NErrorNotImplemented, match=r"(?s)`state`.*test_torchscript.py:\d+.*self\.state = self\.state"
+    ):
         export_model_to_nnef(torch.jit.script(Counter()), noise(4), tmp_path / "m.nnef", TractNNEF.latest())
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NError, T2NErrorDynamicShapeValue, T2NErrorInvalidArgument
 from torch_to_nnef.graph.conds import inline_conds
-from torch_to_nnef.graph.explain import explain
+from torch_to_nnef.graph.explain import explain, keeps_state
 from torch_to_nnef.graph.guards import Axis, Limit, Watch, limits
 from torch_to_nnef.graph.inputs import Inputs
 from torch_to_nnef.graph.patches import symbolic_max_pool1d
@@ -110,7 +110,13 @@ def _capture(model: nn.Module, inputs: Inputs, sizes: Mapping[str, int]) -> Capt
     dims = _by_parameter(model, *inputs.unflatten(leaves))
     watch = Watch(_axes(model, inputs), module_names(model))
     with contextlib.ExitStack() as stack:
-        for patch in (eval_mode(model), symbolic_max_pool1d(), interpreted_functions(), torch.no_grad(), watch()):
+        for patch in (
+            eval_mode(model),
+            symbolic_max_pool1d(),
+            interpreted_functions(),
+            torch.no_grad(),
+            watch.running(),
+        ):
             stack.enter_context(patch)
         mode, tensors = stack.enter_context(_placeholders(model))
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
@@ -122,6 +128,8 @@ def _capture(model: nn.Module, inputs: Inputs, sizes: Mapping[str, int]) -> Capt
             sys.stderr.write(said.getvalue())
         except Exception as error:  # torch.export raises many unrelated classes
             raise explain(error, type(model).__name__, watch) from error
+        if watch.assigned:
+            raise keeps_state(watch.assigned)
         inline_conds(program.graph_module)
         return Captured(program, inputs, {**_constants(program), **tensors}, limits(watch))
 

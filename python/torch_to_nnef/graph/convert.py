@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorDynamicShapeValue, T2NErrorNotImplemented
 from torch_to_nnef.graph.capture import Captured
+from torch_to_nnef.graph.explain import keeps_state
 from torch_to_nnef.graph.fold import fold, live, values
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.places import Place, is_users
@@ -137,12 +138,7 @@ class _Converter:
         mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
         if mutated:
             by_name = {n.name: n for n in self.fx.nodes}
-            writes = [f"\n  `{fqn}`{_at(by_name[name])}" for name, fqn in mutated.items()]
-            raise T2NErrorNotImplemented(
-                "the model writes into its buffers or inputs while it runs; an archive keeps no state:"
-                + "".join(writes)
-                + "\n  hint: take the old value as an input and return the new one as an output"
-            )
+            raise keeps_state({fqn: _where(by_name[name]) for name, fqn in mutated.items()})
         leaves = [leaf for leaf in pytree.tree_leaves(node.args) if leaf is not None]
         values: list[Any] = [self.env.get(leaf) if isinstance(leaf, FxNode) else leaf for leaf in leaves]
         for index, value in enumerate(values):
@@ -181,5 +177,9 @@ def _source(node: FxNode) -> str:
     return f"{place.file}:{place.line} in {place.function}" if place else ""
 
 
+def _where(node: FxNode) -> Place | str:
+    return _place(node) or _module_path(node) or "<root module>"
+
+
 def _at(node: FxNode) -> str:
-    return f"\n  at {_place(node) or _module_path(node) or '<root module>'}"
+    return f"\n  at {_where(node)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch_to_nnef.exceptions import T2NError, T2NErrorDynamicShapeValue, T2NErrorNotImplemented
 from torch_to_nnef.graph.guards import Watch
@@ -39,7 +39,8 @@ _REASONS: Sequence[tuple[str, str, str, str]] = (
 )
 # Where torch's advice to its own developers starts.
 _ADVICE = re.compile(
-    r"\n\s*\n|\nCaused by|\nFor more|\nFor extended|\nconsider using|\nThe error above|\nThe following call|\(unhinted", re.S
+    r"\n\s*\n|\nCaused by|\nFor more|\nFor extended|\nconsider using|\nThe error above|\nThe following call|\(unhinted",
+    re.S,
 )
 
 
@@ -62,8 +63,19 @@ def explain(error: Exception, name: str, watch: Watch) -> T2NError:
     source = place.source if place else ""
     for report, line, what, hint in _REASONS:
         if re.search(report, f"{kind} {text}") and re.search(line, source):
-            return T2NErrorNotImplemented(f"{name} cannot be captured: {what}{_at(place)}\n  torch: {text}\n  hint: {hint}")
+            return T2NErrorNotImplemented(
+                f"{name} cannot be captured: {what}{_at(place)}\n  torch: {text}\n  hint: {hint}"
+            )
     return T2NErrorNotImplemented(f"torch.export could not capture {name}: {kind}: {text}{_at(place)}")
+
+
+def keeps_state(written: Mapping[str, object]) -> T2NErrorNotImplemented:
+    """The error for a model that writes into buffers or inputs: their names, and where."""
+    return T2NErrorNotImplemented(
+        "the model writes into its buffers or inputs while it runs; an archive keeps no state:"
+        + "".join(f"\n  `{fqn}` at {place}" for fqn, place in written.items())
+        + "\n  hint: take the old value as an input and return the new one as an output"
+    )
 
 
 def _chain(error: BaseException | None) -> Sequence[BaseException]:

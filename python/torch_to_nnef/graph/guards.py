@@ -11,12 +11,13 @@ from typing import Any
 from unittest import mock
 
 import sympy
+from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.proxy import TracerBase
 from torch.utils._sympy.functions import Max, Min
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
-from torch_to_nnef.graph.places import Place, running
+from torch_to_nnef.graph.places import Place, running_place
 from torch_to_nnef.graph.symbols import dim_text
 from torch_to_nnef.log import LOGGER
 
@@ -43,15 +44,20 @@ class Guard:
 
 @dataclass(slots=True)
 class Watch:
-    """The guards of one capture. `axes`: torch's name of a size (`L['x'].size()[0]`) -> whose it is."""
+    """The guards of one capture, and the buffers that were assigned to: of those in submodules torch loses the new value.
+
+    `axes`: torch's name of a size (`L['x'].size()[0]`) -> whose it is. `modules`: id of a module -> its path.
+    """
 
     axes: Mapping[str, Axis]
     modules: Mapping[int, str]
     env: ShapeEnv | None = None
     guards: list[Guard] = field(default_factory=list)
+    assigned: dict[str, Place] = field(default_factory=dict)
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
+        """Watch what is captured within."""
         original = ShapeEnv.evaluate_expr
 
         def evaluate_expr(env: ShapeEnv, *args: Any, **kwargs: Any) -> Any:
@@ -64,10 +70,20 @@ class Watch:
                     self._note(env)
 
         def only_users(tracer: TracerBase, frames: StackSummary) -> StackSummary:
-            place, _ = running(self.modules)
+            place, _ = running_place(self.modules)
             return StackSummary.from_list([(place.file, place.line, place.function, None)] if place else [])
 
-        with mock.patch.object(ShapeEnv, "evaluate_expr", evaluate_expr), contextlib.ExitStack() as stack:
+        assign = nn.Module.__setattr__
+
+        def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+            path = self.modules.get(id(module))
+            if path is not None and name in module._buffers and (place := running_place(self.modules)[0]):
+                self.assigned[f"{path}.{name}" if path else name] = place
+            assign(module, name, value)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(ShapeEnv, "evaluate_expr", evaluate_expr))
+            stack.enter_context(mock.patch.object(nn.Module, "__setattr__", set_attribute))
             # Else torch keeps the frames called `forward` only, in the stack trace of a node; torch before 2.9 has no such hook.
             if hasattr(TracerBase, "_filter_traceback_frames"):
                 stack.enter_context(mock.patch.object(TracerBase, "_filter_traceback_frames", only_users))
@@ -76,7 +92,7 @@ class Watch:
     def _note(self, env: ShapeEnv) -> None:
         if env is not self.env:
             self.env, self.guards = env, []
-        place, decided = running(self.modules)
+        place, decided = running_place(self.modules)
         self.guards += [Guard(guard.expr, place, decided) for guard in env.guards[len(self.guards) :]]
 
     def named(self) -> dict[sympy.Symbol, Axis]:
@@ -149,7 +165,8 @@ def _stated(limit: Limit) -> Limit:
         text = limit.assertion()
     except (KeyError, T2NErrorDynamicShapeValue):
         raise T2NErrorDynamicShapeValue(
-            f"the model branches on a dynamic size: what was traced holds only where {limit.condition}, which an archive cannot state{where}\n"
+            f"the model branches on a dynamic size: what was traced holds only where {limit.condition}, "
+            f"which an archive cannot state{where}\n"
             "  hint: compute both sides and choose with torch.where, or leave the axis out of dynamic_axes"
         ) from None
     LOGGER.warning("the archive holds only where %s, which it asserts%s", text, where)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 
 from torch_to_nnef.graph.torchscript import interpreter
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_OURS = f"{Path(__file__).parents[1]}{os.sep}"
 # Where torch decides what a symbolic size is: not who asked for it.
 _MACHINERY = tuple(_TORCH + part for part in ("fx" + os.sep, "__init__.py", "_export" + os.sep, "utils" + os.sep))
 
@@ -51,7 +52,7 @@ def module_names(model: nn.Module) -> dict[int, str]:
     return {id(module): name for name, module in model.named_modules()}
 
 
-def running(modules: Mapping[int, str]) -> tuple[Place | None, bool]:
+def running_place(modules: Mapping[int, str]) -> tuple[Place | None, bool]:
     """The user's innermost line, and whether a line of theirs, not one of torch's operators, asked what a size is."""
     frames = list(_outward(sys._getframe(1)))
     files = (frame.f_code.co_filename for frame, _ in frames)

@@ -43,15 +43,15 @@ def resized_input_sets(
 
 
 def within(assertions: Iterable[str], sizes: Mapping[str, int]) -> bool:
-    """Whether `sizes` satisfy every assertion in tract's syntax (`S + P <= 512`); one that cannot be read, a scenario, excludes nothing."""
-    names = {**sizes, "min": min, "max": max}
-    for text in assertions:
-        try:
-            if not eval(text.replace("/", "//"), {"__builtins__": {}}, names):
-                return False
-        except (SyntaxError, NameError):
-            continue
-    return True
+    """Whether `sizes` satisfy every assertion in tract's syntax (`S + P <= 512`)."""
+    return all(_satisfied(text, sizes) for text in assertions)
+
+
+def _satisfied(assertion: str, sizes: Mapping[str, int]) -> bool:
+    try:
+        return bool(eval(assertion.replace("/", "//"), {"__builtins__": {}}, {**sizes, "min": min, "max": max}))
+    except (SyntaxError, NameError):  # a scenario, or a symbol of no input: nothing that these sizes could violate
+        return True
 
 
 def other_sizes(traced: Mapping[str, int]) -> list[dict[str, int]]:

@@ -41,7 +41,10 @@ class HasMethods(Protocol):
 
 
 class Code:
-    """A graph with its functions inlined and its calls of methods kept. `frozen`: fqn -> float weight that torch.jit.freeze made a constant."""
+    """A graph with its functions inlined and its calls of methods kept; called like the method it is of.
+
+    `frozen`: fqn -> float weight that torch.jit.freeze made a constant.
+    """
 
     def __init__(self, graph: torch._C.Graph, schema: Any) -> None:
         self.graph = graph.copy()
@@ -51,6 +54,7 @@ class Code:
         self.frozen = dict(_frozen(self.graph))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         run = _Run(args[0] if self.frozen else None, self.frozen)
@@ -170,7 +174,8 @@ _CONTROL: Mapping[str, Callable[[_Run, JitNode, list[Any]], Sequence[Any]]] = {
 def location(node: JitNode) -> tuple[str, int, str] | None:
     """File, line and text of the source that `node` was compiled from, as far as TorchScript kept it."""
     # An assignment has no source of its own; what it assigns has.
-    shown = next(filter(_LINE.search, (n.sourceRange() for n in (node, *(v.node() for v in node.inputs())))), "")
+    texts = [str(n.sourceRange()) for n in (node, *(v.node() for v in node.inputs()))]
+    shown = next((text for text in texts if _LINE.search(text)), "")
     found = _LINE.search(shown)
     # The text ends a line before the one that underlines it.
     above = shown.partition("<--- HERE")[0].splitlines()[-2:-1]

@@ -70,12 +70,13 @@ def _stand_in(script: torch.jit.ScriptModule, parameters: dict[int, nn.Parameter
     module = cls()
     module.training = False
     # Not by register_*, which see the names as taken: the original answers to them.
-    module._parameters.update({name: parameter(tensor) for name, tensor in script._parameters.items()})
-    module._buffers.update(script._buffers.items())
-    module._modules.update({name: _stand_in(child, parameters) for name, child in script._modules.items()})
+    held: Any = script
+    module._parameters.update({name: parameter(tensor) for name, tensor in held._parameters.items()})
+    module._buffers.update(held._buffers.items())
+    module._modules.update({name: _stand_in(child, parameters) for name, child in held._modules.items()})
     if script._c._has_method("forward"):
         code = _code(cls, "forward")
-        cls.forward = _forward(code)  # type: ignore[method-assign]
+        cls.forward = _forward(code)
         for fqn, tensor in code.frozen.items():
             _register(module, fqn, parameter(tensor))
     return module

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
@@ -116,13 +115,15 @@ def _set(container: Any, key: Any, value: Any) -> None:
     container[key] = value
 
 
-def _convolution(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int, *_: Any) -> Any:  # fmt: skip
+def _convolution(
+    x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any
+) -> Any:
     """What a traced nn.Conv calls, as the function of torch that has a name."""
-    rank = weight.dim() - 2
+    rank, (output_padding, groups, *_) = weight.dim() - 2, rest
     if transposed:
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+        function = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[rank - 1]
         return function(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    return (F.conv1d, F.conv2d, F.conv3d)[rank - 1](x, weight, bias, stride, padding, dilation, groups)
+    return (torch.conv1d, torch.conv2d, torch.conv3d)[rank - 1](x, weight, bias, stride, padding, dilation, groups)
 
 
 def _range_length(low: int, high: int, step: int) -> int:
