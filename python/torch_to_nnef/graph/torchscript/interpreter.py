@@ -92,7 +92,13 @@ def _frozen(graph: torch._C.Graph) -> Iterator[tuple[str, torch.Tensor]]:
         if node.kind() == "prim::Constant" and (name := node.output().debugName()).startswith("self."):
             value = node.output().toIValue()
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                yield name.removeprefix("self."), value
+                yield _frozen_fqn(name), value
+
+
+def _frozen_fqn(name: str) -> str:
+    """`self.conv.weight` is `conv.weight`; of several constants with one name torch numbers the others: `conv.weight_1`."""
+    path, _, last = name.removeprefix("self.").rpartition(".")
+    return f"{path}_{last}" if path and last.isdigit() else name.removeprefix("self.")
 
 
 class _Run:
@@ -117,7 +123,7 @@ class _Run:
         return result if count > 1 else [result] * count
 
     def constant(self, node: JitNode, args: list[Any]) -> Sequence[Any]:
-        name = node.output().debugName().removeprefix("self.")
+        name = _frozen_fqn(node.output().debugName())
         if self.module is not None and name in self.frozen:
             return [self.module.get_parameter(name)]
         # A function, which has no value, was inlined: nothing reads this constant.

@@ -48,7 +48,12 @@ class Scripted(nn.Module):
 
     def call_method(self, name: str, *args: Any) -> Any:
         """Run a method; `forward` as a call of the module, so that torch knows where it is."""
-        return self(*args) if name == "forward" else _code(type(self), name)(self, *args)
+        return self(*args) if name == _forward_of(self.script) else _code(type(self), name)(self, *args)
+
+
+def _forward_of(script: torch.jit.ScriptModule) -> str | None:
+    """Name of its forward; of an overloaded one (nn.LSTM: tensors or packed sequences), the first."""
+    return next((name for name in ("forward", "forward__0") if script._c._has_method(name)), None)
 
 
 def _code(cls: type[Scripted], name: str) -> Code:
@@ -70,12 +75,13 @@ def _stand_in(script: torch.jit.ScriptModule, parameters: dict[int, nn.Parameter
     module = cls()
     module.training = False
     # Not by register_*, which see the names as taken: the original answers to them.
-    held: Any = script
+    # torch.jit.freeze forgets to wrap the children it keeps.
+    held: Any = script if script._modules else torch.jit._recursive.wrap_cpp_module(script._c)  # type: ignore[no-untyped-call]
     module._parameters.update({name: parameter(tensor) for name, tensor in held._parameters.items()})
     module._buffers.update(held._buffers.items())
     module._modules.update({name: _stand_in(child, parameters) for name, child in held._modules.items()})
-    if script._c._has_method("forward"):
-        code = _code(cls, "forward")
+    if (forward := _forward_of(script)) is not None:
+        code = _code(cls, forward)
         cls.forward = _forward(code)
         for fqn, tensor in code.frozen.items():
             _register(module, fqn, parameter(tensor))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+from torch.nn.functional import gelu, linear, multi_head_attention_forward
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 
@@ -25,7 +25,7 @@ def call(node: torch._C.Node, args: list[Any]) -> Any:
     """The value of `node` for `args`, a list if it has several."""
     kind = node.kind()
     # A traced size goes through tensors (`prim::NumToTensor`); here it stays a number, and so does what is computed from it.
-    numbers = not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(args))
+    numbers = not any(isinstance(arg, torch.Tensor) for arg in args)
     python = (_NUMBERS.get(kind) if numbers else None) or _VALUES.get(kind)
     if python is not None:
         return python(*args)
@@ -86,6 +86,12 @@ _NUMBERS: Mapping[str, Callable[..., Any]] = {
     "aten::__and__": operator.and_,
     "aten::__or__": operator.or_,
     "aten::__xor__": operator.xor,
+    "aten::slice": lambda items, start=None, end=None, step=1: items[start:end:step],
+    "aten::sort": lambda items, reverse=False: items.sort(reverse=reverse),
+    "aten::sorted": lambda items, *_: sorted(items),
+    "aten::sum": sum,
+    "aten::all": all,
+    "aten::any": any,
     "aten::max": max,
     "aten::min": min,
     # Casts of a traced size change nothing.
@@ -138,6 +144,67 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    width: int,
+    heads: int,
+    qkv: Any,
+    qkv_bias: Any,
+    out: Any,
+    out_bias: Any,
+    mask: Any,
+    *options: Any,
+) -> Any:
+    """The fast path of nn.MultiheadAttention, as its slow one."""
+    if mask is not None:
+        raise T2NErrorNotImplemented("a mask on TorchScript's fast path of attention; export the nn.Module instead")
+    need_weights, average, *_ = options
+    q, k, v = (side.transpose(0, 1) for side in (query, key, value))
+    y, weights = multi_head_attention_forward(
+        q, k, v, width, heads, qkv, qkv_bias, None, None, False, 0.0, out, out_bias, False,
+        need_weights=need_weights, average_attn_weights=average,
+    )  # fmt: skip
+    return y.transpose(0, 1), weights
+
+
+def _encoder_layer(
+    x: Any,
+    width: int,
+    heads: int,
+    qkv: Any,
+    qkv_bias: Any,
+    out: Any,
+    out_bias: Any,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    *rest: Any,
+) -> Any:
+    """The fast path of nn.TransformerEncoderLayer, spelled out."""
+    norm1, bias1, norm2, bias2, wide, wide_bias, narrow, narrow_bias, mask, mask_type = rest
+
+    def attend(x: Any) -> Any:
+        return _attention(x, x, x, width, heads, qkv, qkv_bias, out, out_bias, mask, False, True, mask_type)[0]
+
+    def feed(x: Any) -> Any:
+        hidden = linear(x, wide, wide_bias)
+        return linear(gelu(hidden) if use_gelu else hidden.relu(), narrow, narrow_bias)
+
+    for part, norm, bias in ((attend, norm1, bias1), (feed, norm2, bias2)):
+        if norm_first:
+            x = x + part(torch.layer_norm(x, [width], norm, bias, eps))
+        else:
+            x = torch.layer_norm(x + part(x), [width], norm, bias, eps)
+    return x
+
+
+def _of_torch(name: str) -> Callable[..., Any]:
+    """By the name a capture may replace, see `patches.py`."""
+    return lambda *args: getattr(torch, name)(*args)
+
+
 # Whatever the arguments are.
 _VALUES: Mapping[str, Callable[..., Any]] = {
     "prim::ListConstruct": lambda *items: list(items),
@@ -164,6 +231,9 @@ _VALUES: Mapping[str, Callable[..., Any]] = {
     "aten::tensor": _tensor,
     "aten::as_tensor": lambda data, *options: data if isinstance(data, torch.Tensor) else _tensor(data, *options),
     "aten::_convolution": _convolution,
+    "aten::_native_multi_head_attention": _attention,
+    "aten::_transformer_encoder_layer_fwd": _encoder_layer,
+    **{f"aten::{name}": _of_torch(name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "max_pool1d")},
     "aten::size": _size,
     "aten::stride": lambda tensor, axis=None: list(tensor.stride()) if axis is None else tensor.stride(axis),
     "aten::numel": lambda tensor: tensor.numel(),
