@@ -139,6 +139,106 @@ def test_a_model_without_scripts_is_itself():
     assert eager(model) is model
 
 
+class Containers(nn.Module):
+    """Values that are no tensors, and sizes computed with."""
+
+    def forward(self, x, y: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for i, name in enumerate(["a", "b"]):
+            found[name] = x + i
+        if y is not None:
+            found["y"] = y
+        numbers: list[int] = [5, 1, 3]
+        numbers.sort()
+        numbers = [n * 2 for n in numbers[1:]] + [len(numbers)]
+        assert x.dim() == 3, f"rank {x.dim()}"
+        pieces = [x, x * 2, x * 3]
+        shape = list(x.size()[2:])
+        found["sum"] = torch.cat(pieces[1:] + pieces[:1], 1) * float(sum(numbers)) * (x.size(0) if shape[0] > 2 else 1)
+        if "y" not in found and not torch.jit.is_scripting():
+            found.pop("a")
+        count = 0
+        while count < x.size(1):
+            found["b"] = found["b"] * 0.5 + x[:, count : count + 1]
+            count += 1
+        return found
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 16, batch_first=True, bidirectional=True)
+        self.gru = nn.GRU(32, 8, batch_first=True)
+
+    def forward(self, x):
+        y, state = self.lstm(x)
+        return self.gru(y)[0], state[1]
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 4, 1),
+    )
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, activation="gelu")
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "x", "axes"),
+    [
+        (Containers, "x", noise(2, 4, 3), {0: "B"}),
+        (Recurrent, "x", noise(2, 5, 8), {0: "B"}),
+        (convolutions, "input", noise(2, 3, 8, 8), {0: "B", 2: "H"}),
+        (encoder, "src", noise(2, 7, 32), {0: "B", 1: "T"}),
+    ],
+    ids=["containers", "recurrent", "convolutions", "encoder"],
+)
+@pytest.mark.parametrize("freeze", [False, True], ids=["scripted", "frozen"])
+def test_models(model, name, x, axes, freeze, tmp_path):
+    script = torch.jit.script(model().eval())
+    target = TractNNEF.latest(dynamic_axes={name: axes})
+    model = torch.jit.freeze(script) if freeze else script
+    export_model_to_nnef(model, x, tmp_path / "m.nnef", target, compression_level=None)
+
+
+class Decides(nn.Module):
+    def forward(self, x):
+        if bool(x.sum() > 0):
+            return x
+        return -x
+
+
+def test_a_branch_on_a_value_is_refused_with_the_scripts_line(tmp_path):
+    with pytest.raises(
+        T2NErrorNotImplemented, match=r"(?s)test_torchscript.py:\d+ \(module `inner`\).*if bool\(x\.sum"
+    ):
+        export_model_to_nnef(
+            Outer(torch.jit.script(Decides())), noise(2, 8, 6), tmp_path / "m.nnef", TractNNEF.latest()
+        )
+
+
+class Bounded(nn.Module):
+    def forward(self, x):
+        if x.shape[0] > 4:
+            return x * 2
+        return x + 1
+
+
+def test_a_branch_on_a_size_is_asserted(tmp_path, caplog):
+    target = TractNNEF.latest(dynamic_axes={"x": {0: "B"}})
+    export_model_to_nnef(torch.jit.script(Bounded()), noise(2, 3), tmp_path / "m.nnef", target, compression_level=None)
+    assert "extension tract_assert B <= 4;" in (tmp_path / "m.nnef" / "graph.nnef").read_text()
+    assert "if x.shape[0] > 4:" in caplog.text
+
+
 class Counter(nn.Module):
     def __init__(self):
         super().__init__()

@@ -179,8 +179,9 @@ _CONTROL: Mapping[str, Callable[[_Run, JitNode, list[Any]], Sequence[Any]]] = {
 
 def location(node: JitNode) -> tuple[str, int, str] | None:
     """File, line and text of the source that `node` was compiled from, as far as TorchScript kept it."""
-    # An assignment has no source of its own; what it assigns has.
-    texts = [str(n.sourceRange()) for n in (node, *(v.node() for v in node.inputs()))]
+    # An assignment has no source of its own, but what it assigns has; a branch with `return` points at that, not at its condition.
+    inputs = [v.node() for v in node.inputs()]
+    texts = [str(n.sourceRange()) for n in ([*inputs, node] if node.kind() == "prim::If" else [node, *inputs])]
     shown = next((text for text in texts if _LINE.search(text)), "")
     found = _LINE.search(shown)
     # The text ends a line before the one that underlines it.
