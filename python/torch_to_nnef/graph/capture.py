@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.inputs import Inputs
+from torch_to_nnef.graph.opaque import ModuleCall, Uses, kept_whole
 from torch_to_nnef.graph.patches import symbolic_max_pool1d
 
 # torch burns sizes 0 and 1 into a graph, so a dynamic axis is traced at this size or more.
@@ -31,11 +32,13 @@ class Captured:
     """An exported program over fake weights, and the tensors those stand for.
 
     `tensors` maps every fqn (parameter, buffer, lifted constant) to the user's own tensor; tied ones are the same object.
+    `calls` are those of modules kept whole.
     """
 
     program: ExportedProgram
     inputs: Inputs
     tensors: Mapping[str, torch.Tensor]
+    calls: Sequence[ModuleCall] = ()
 
     def fqns(self) -> dict[str, str]:
         """Placeholder name -> fqn of the tensor it stands for."""
@@ -80,8 +83,8 @@ class _Recorder(torch.fx.Interpreter):
         return value
 
 
-def capture(model: nn.Module, inputs: Inputs) -> Captured:
-    """Trace `model` in eval mode with symbolic sizes on the dynamic axes of `inputs`.
+def capture(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Uses] | None = None) -> Captured:
+    """Trace `model` in eval mode with symbolic sizes on the dynamic axes of `inputs`; modules of the classes `whole` stay one call.
 
     Raises: `T2NErrorDynamicShapeValue` if torch fixes a dimension that was asked to be dynamic; `T2NErrorNotImplemented` if the module
     cannot be captured, with torch's explanation.
@@ -90,13 +93,18 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
     args, kwargs = traced.unflatten(traced.tensors)
     leaves = [dict.fromkeys(axes, Dim.DYNAMIC) for axes in traced.axes]
     dims = _by_parameter(model, *inputs.unflatten(leaves))
-    with eval_mode(model), symbolic_max_pool1d(), _placeholders(model) as (mode, tensors), torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(symbolic_max_pool1d())
+        calls = stack.enter_context(kept_whole(model, whole or {}))
+        mode, tensors = stack.enter_context(_placeholders(model))
+        stack.enter_context(torch.no_grad())
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
         try:
             program = torch.export.export(model, fake_args, fake_kwargs, dynamic_shapes=dims, strict=False)
         except Exception as error:  # torch.export raises many unrelated classes
             raise _explain(error, model) from error
-        return Captured(program, inputs, {**_constants(program), **tensors})
+        return Captured(program, inputs, {**_constants(program), **tensors}, calls)
 
 
 def decompose(captured: Captured, ops: Sequence[torch._ops.OpOverload]) -> Captured:
@@ -105,7 +113,7 @@ def decompose(captured: Captured, ops: Sequence[torch._ops.OpOverload]) -> Captu
     table = {op: known[op] for op in ops if op in known}
     with torch.no_grad():
         program = captured.program.run_decompositions(table)
-    return Captured(program, captured.inputs, {**_constants(program), **captured.tensors})
+    return replace(captured, program=program, tensors={**_constants(program), **captured.tensors})
 
 
 def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
