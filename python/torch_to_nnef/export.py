@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 from torch_to_nnef._native import put_in_place
 from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIoQuantity
 from torch_to_nnef.graph.capture import Captured, capture, decompose, eval_mode
-from torch_to_nnef.graph.convert import to_graph
+from torch_to_nnef.graph.convert import name_symbols, to_graph
 from torch_to_nnef.graph.inputs import Args, Inputs, check_names, prepare
 from torch_to_nnef.graph.ir import Graph
+from torch_to_nnef.graph.symbols import asserted
 from torch_to_nnef.inference_target import TractCheckTolerance, TractNNEF
 from torch_to_nnef.log import LOGGER, at_level
 from torch_to_nnef.nnef.document import Document
@@ -116,8 +117,9 @@ class Plan:
         return self.captured.inputs
 
     def input_sets(self) -> tuple[InputSet, ...]:
-        """The samples, and the same at other sizes of every symbol."""
-        return resized_input_sets(self.inputs.tensors, self.inputs.axes)
+        """The samples, and the same at other sizes of every symbol, as far as `tract_assert` allows them."""
+        assumed = name_symbols(self.captured).assumed()
+        return resized_input_sets(self.inputs.tensors, self.inputs.axes, asserted(self.document.extensions), assumed)
 
     def runner(self, model: nn.Module) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
         """`model` as a function of flat tensors, in eval mode."""

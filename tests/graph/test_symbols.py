@@ -9,7 +9,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
 from torch_to_nnef.graph.symbols import dim_text
 
-B, S = (sympy.Symbol(name, integer=True, positive=True) for name in "BS")
+B, S = (sympy.Symbol(name, integer=True, nonnegative=True) for name in "BS")
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ B, S = (sympy.Symbol(name, integer=True, positive=True) for name in "BS")
         (4 * S, "(4 * S)"),
         (S**2, "(S * S)"),
         (FloorDiv(S, 2), "(S / 2)"),
-        (Mod(S, 3), "(S - (S / 3) * 3)"),
+        (Mod(S, 3), "(S - (3 * (S / 3)))"),
         (Max(B, S), "max(B, S)"),
     ],
 )

@@ -83,7 +83,7 @@ def test_an_axis_out_of_range(axis):
 
 
 def test_a_symbol_of_two_sizes():
-    with pytest.raises(T2NErrorDynamicShapeValue, match=r"size 3, but 'B' is 2"):
+    with pytest.raises(T2NErrorDynamicShapeValue, match=r"'B' has size 2 in 'input 0' but 3 in 'input 1'"):
         resized_input_sets([torch.zeros(2), torch.zeros(3)], [{0: "B"}, {0: "B"}])
 
 

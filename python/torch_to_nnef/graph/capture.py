@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.inputs import Inputs
 from torch_to_nnef.graph.opaque import ModuleCall, Uses, kept_whole
-from torch_to_nnef.graph.patches import symbolic_max_pool1d
+from torch_to_nnef.graph.patches import symbolic_math, symbolic_max_pool1d
 
 # torch burns sizes 0 and 1 into a graph, so a dynamic axis is traced at this size or more.
 _SMALLEST_TRACED = 2
@@ -48,6 +49,13 @@ class Captured:
             **signature.inputs_to_buffers,
             **signature.inputs_to_lifted_tensor_constants,
         }
+
+    def guards(self) -> list[sympy.Basic]:
+        """What torch assumed of sizes while it traced."""
+        values = (node.meta.get("val") for node in self.program.graph.nodes if node.op == "placeholder")
+        sizes = (size for value in values if isinstance(value, torch.Tensor) for size in value.shape)
+        environment = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+        return [guard.expr for guard in environment.guards] if environment else []
 
     def writes_in_place(self) -> bool:
         """Whether a call changes one of its arguments (`relu_`): handlers want values that stay."""
@@ -96,6 +104,7 @@ def capture(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Us
     with contextlib.ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         stack.enter_context(symbolic_max_pool1d())
+        stack.enter_context(symbolic_math())
         calls = stack.enter_context(kept_whole(model, whole or {}))
         mode, tensors = stack.enter_context(_placeholders(model))
         stack.enter_context(torch.no_grad())

@@ -12,10 +12,10 @@ import torch
 from torch.fx import Node as FxNode
 from torch.utils import _pytree as pytree
 
-from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorNotImplemented
+from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorDynamicShapeValue, T2NErrorNotImplemented
 from torch_to_nnef.graph.capture import Captured
 from torch_to_nnef.graph.ir import Graph, Node, Value
-from torch_to_nnef.graph.symbols import Symbols
+from torch_to_nnef.graph.symbols import Symbols, axis_expression
 
 # Calls without a value: checks that torch leaves in the graph. tract checks shapes and dtypes itself.
 _CHECKS = frozenset(
@@ -43,7 +43,7 @@ class _Converter:
         self.captured = captured
         self.fqns = captured.fqns()
         self.fx = captured.program.graph
-        self.symbols = _name_symbols(captured)
+        self.symbols = name_symbols(captured)
         self.env: dict[FxNode, Any] = {}
         self.inputs: list[Value] = []
         self.nodes: list[Node] = []
@@ -67,8 +67,7 @@ class _Converter:
         missing = sorted(fqn for fqn in weights.values() if fqn not in self.captured.tensors)
         if missing:
             raise T2NErrorConsistency(f"the capture uses tensors the model does not hold: {missing}")
-        symbols = tuple(dict.fromkeys(s for axes in self.captured.inputs.axes for s in axes.values()))
-        names = self.captured.inputs.names
+        symbols, names = self.captured.inputs.symbols(), self.captured.inputs.names
         return Graph(tuple(self.inputs), names, weights, self.captured.tensors, tuple(nodes), outputs, symbols)
 
     def _call(self, node: FxNode) -> None:
@@ -77,8 +76,10 @@ class _Converter:
             return
         if node.target is operator.getitem:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif isinstance(val, (int, float, bool, torch.SymInt)):
-            self.env[node] = self.symbols.dim(val) if isinstance(val, torch.SymInt) else val
+        elif isinstance(val, (int, float, bool)):
+            self.env[node] = val
+        elif isinstance(val, (torch.SymInt, torch.SymFloat)):
+            self.env[node] = self.symbols.dim(val)
         elif isinstance(node.target, torch._ops.OpOverload):
             self.nodes.append(self._node(node, node.target, val))
         else:
@@ -101,7 +102,7 @@ class _Converter:
         def leaf(arg: Any) -> Any:
             if isinstance(arg, FxNode):
                 return self.env[arg]
-            return self.symbols.dim(arg) if isinstance(arg, torch.SymInt) else arg
+            return self.symbols.dim(arg) if isinstance(arg, (torch.SymInt, torch.SymFloat)) else arg
 
         return pytree.tree_map(leaf, tree)
 
@@ -123,15 +124,25 @@ class _Converter:
         return tuple(values)
 
 
-def _name_symbols(captured: Captured) -> Symbols:
-    names: dict[sympy.Symbol, str] = {}
+def name_symbols(captured: Captured) -> Symbols:
+    """Torch's symbols as the user's; raises `T2NErrorDynamicShapeValue` for an axis that has another size to the model."""
+    names: dict[sympy.Symbol, sympy.Expr] = {}
     users = [n for n in captured.program.graph.nodes if n.op == "placeholder" and n.name not in captured.fqns()]
-    for node, axes in zip(users, captured.inputs.axes, strict=True):
-        for axis, name in axes.items():
-            size = node.meta["val"].shape[axis]
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                names.setdefault(size.node.expr, name)
-    return Symbols(names)
+    asked = [
+        (name, axis, text, node.meta["val"].shape[axis])
+        for node, name, axes in zip(users, captured.inputs.names, captured.inputs.axes, strict=True)
+        for axis, text in axes.items()
+    ]
+    for _, _, text, size in asked:
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+            names.setdefault(size.node.expr, axis_expression(text))
+    symbols = Symbols(names, captured.guards())
+    for name, axis, text, size in asked:
+        if isinstance(size, torch.SymInt) and sympy.expand(symbols.dim(size) - axis_expression(text)) != 0:
+            raise T2NErrorDynamicShapeValue(
+                f"axis {axis} of {name!r} is {text!r} in dynamic_axes, but the model needs it to be {symbols.dim(size)}: say so"
+            )
+    return symbols
 
 
 def _module_path(node: FxNode) -> str:

@@ -43,7 +43,9 @@ def verify_archive(
         try:
             outputs = model.run(*map(as_array, inputs.tensors))
         except T2NError as error:
-            raise T2NErrorTract(f"tract failed on the archive at sizes {_sizes(inputs.sizes)}: {error}") from error
+            raise T2NErrorTract(
+                f"tract failed on the archive at sizes {_sizes(inputs.sizes)}: {error}{_outside(inputs)}"
+            ) from error
         if missing := [name for name in output_names if name not in outputs]:
             raise T2NErrorIoQuantity(f"the archive has no output {missing}; it has {list(outputs)}")
         return [outputs[name] for name in output_names]
@@ -89,6 +91,7 @@ def raise_on_mismatch(
     lines += outputs[:_MAX_LISTED]
     if len(outputs) > _MAX_LISTED:
         lines.append(f"  and {len(outputs) - _MAX_LISTED} more")
+    lines[-1] += next((note for _, inputs in failed if (note := _outside(inputs))), "")
     if locate is not None:
         try:
             lines.append(locate(failed[0][1]))
@@ -133,6 +136,16 @@ def _compare_runs(
             f"the torch model runs at none of the other sizes tried for its dynamic axes:\n{tried}"
         )
     return tuple(comparisons)
+
+
+def _outside(inputs: InputSet) -> str:
+    """A note on sizes that the capture was not made for."""
+    if not inputs.outside:
+        return ""
+    return (
+        f"\nthe model was traced for sizes with {' and '.join(inputs.outside)}, which {_sizes(inputs.sizes)} is not: "
+        "its code reads a size as a number, or branches on one; or assert the sizes it is for (custom_extensions, tract_assert)"
+    )
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:
