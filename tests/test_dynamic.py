@@ -11,7 +11,6 @@ from torch_to_nnef.exceptions import (
     T2NErrorDynamicShapeValue,
     T2NErrorInvalidArgument,
     T2NErrorIOPytorchTractNotISO,
-    T2NErrorNotImplemented,
 )
 from torch_to_nnef.export import export_model_to_nnef
 from torch_to_nnef.inference_target import TractNNEF
@@ -98,13 +97,11 @@ OF_ONE = {
     "mean": (lambda x: x.sum(1) / x.shape[1], 1),
     "scaled": (lambda x: x * x.shape[1] ** -0.5, 1),
     "root": (lambda x: x / math.sqrt(x.shape[1]), 1),
-    "logarithm": (lambda x: x * math.log(x.shape[1]), 1),
     "ratio": (lambda x: x * (x.shape[0] / x.shape[1]), 1),
     "size as a tensor": (lambda x: x + torch.tensor(x.shape[1]), 1),
     "size of the other axis": (lambda x: x + x.shape[0], 1),
     "full of a size": (lambda x: torch.full((2,), x.shape[1]) * 2, 1),
     "windows": (lambda x: F.pad(x, (0, -x.shape[1] % 4)).view(x.shape[0], -1, 4).mean(-1), 1),
-    "unfolded": (lambda x: x.unfold(1, 2, 2).sum(-1), 2),
     "gathered": (lambda x: x[:, torch.arange(x.shape[1] - 1, -1, -1)], 1),
 }
 
@@ -116,3 +113,196 @@ def test_sizes_of_one_input(name, tmp_path):
     for batch, length in ((1, 1), (3, 2), (1, 3), (2, 7), (5, 16), (1, 17), (4, 30)):
         if length >= smallest:
             run(path, function, x(batch, length))
+
+
+S, P, BS = {1: "S"}, {1: "P"}, {0: "B", 1: "S"}
+
+# name -> (function, axes of each input, sizes of the samples, other sizes)
+OF_SEVERAL = {
+    "one size on two inputs": (torch.add, [S, S], [(2, 5), (2, 5)], [[(2, n), (2, n)] for n in (1, 2, 9)]),
+    "a cache": (
+        lambda x, past: torch.cat([past, x], 1).cumsum(1),
+        [S, P],
+        [(2, 3), (2, 4)],
+        [[(2, s), (2, p)] for s, p in ((1, 0), (5, 0), (1, 1), (1, 7), (4, 2))],
+    ),
+    "an empty cache": (
+        lambda x, past: torch.cat([past, x], 1).softmax(1),
+        [S, P],
+        [(2, 3), (2, 0)],
+        [[(2, s), (2, p)] for s, p in ((1, 0), (2, 1), (1, 7))],
+    ),
+    "a mask over cache and input": (
+        lambda x, past, mask: torch.where(mask > 0, torch.cat([past, x], 1), -1.0),
+        [S, P, {1: "P+S"}],
+        [(2, 3), (2, 4), (2, 7)],
+        [[(2, s), (2, p), (2, s + p)] for s, p in ((1, 0), (1, 1), (5, 2), (2, 9))],
+    ),
+    "a mask that comes first": (
+        lambda mask, x, past: torch.where(mask > 0, torch.cat([past, x], 1), -1.0),
+        [{1: "P+S"}, S, P],
+        [(2, 7), (2, 3), (2, 4)],
+        [[(2, s + p), (2, s), (2, p)] for s, p in ((1, 0), (1, 1), (5, 2), (2, 9))],
+    ),
+    "twice as long": (
+        lambda x, y: x.view(2, -1, 2).sum(-1) + y,
+        [{1: "2*S"}, S],
+        [(2, 6), (2, 3)],
+        [[(2, 2 * n), (2, n)] for n in (1, 2, 9)],
+    ),
+    "twice, alone": (lambda x: x.view(2, -1, 2).sum(-1), [{1: "2*S"}], [(2, 6)], [[(2, 2 * n)] for n in (1, 2, 9)]),
+    "one more": (
+        lambda x, y: x[:, 1:] + y,
+        [{1: "S+1"}, S],
+        [(2, 6), (2, 5)],
+        [[(2, n + 1), (2, n)] for n in (1, 2, 9)],
+    ),
+    "longest of two": (
+        lambda x, y: x.new_ones(max(x.shape[1], y.shape[1])) * 2,
+        [S, P],
+        [(2, 6), (2, 3)],
+        [[(2, 1), (2, 5)], [(2, 8), (2, 2)], [(2, 3), (2, 3)]],
+    ),
+    "outer": (
+        lambda x, y: (x[:, :, None] * y[:, None, :]).reshape(2, -1),
+        [S, P],
+        [(2, 6), (2, 3)],
+        [[(2, 1), (2, 5)], [(2, 8), (2, 1)], [(2, 3), (2, 3)]],
+    ),
+    "queries and keys": (
+        lambda q, k: F.scaled_dot_product_attention(q, k, k),
+        [S, P],
+        [(2, 6, 4), (2, 3, 4)],
+        [[(2, 1, 4), (2, 5, 4)], [(2, 8, 4), (2, 1, 4)], [(2, 3, 4), (2, 3, 4)]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_SEVERAL)
+def test_sizes_of_several_inputs(name, tmp_path):
+    function, axes, samples, others = OF_SEVERAL[name]
+    path = export(tmp_path, function, *(x(*shape) for shape in samples), axes=axes)
+    for shapes in others:
+        run(path, function, *(x(*shape) for shape in shapes))
+
+
+class UNet(nn.Module):
+    """Halved twice and doubled twice: torch adds the skips at multiples of four only."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(1, 1, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(1, 1, 2, stride=2)
+
+    def forward(self, x):
+        a = self.down(x)
+        b = self.down(a)
+        return self.up(a + self.up(b)) + x
+
+
+def test_sizes_that_the_model_takes_are_found(tmp_path):
+    model = UNet().eval()
+    path = export(tmp_path, model, x(1, 1, 8, 16), axes=[{2: "H", 3: "W"}])
+    for height, width in ((4, 4), (12, 8), (32, 20)):
+        run(path, model, x(1, 1, height, width))
+
+
+def test_a_size_that_is_assumed_larger_is_checked_where_it_is(tmp_path, caplog):
+    path = export(tmp_path, lambda x: x[:, -3:] * 2, x(2, 8), axes=[S])
+    run(path, lambda x: x[:, -3:] * 2, x(2, 3))
+    assert "-S <= -3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("function", "guard"),
+    [
+        (lambda x: x[:, : int(x.shape[1] * 0.5)] * 2, r"TruncToInt\(0\.5\*ToFloat\(S\)\)"),
+        (lambda x: x * 2 if x.shape[1] > 5 else x, "S > 5"),
+        (lambda x: x * 2 if x.shape[1] % 4 == 0 else x, r"S"),
+    ],
+    ids=["a rounded size", "a branch", "a branch on the rest"],
+)
+def test_code_that_reads_a_size_is_found_and_named(function, guard, tmp_path):
+    with pytest.raises(T2NErrorIOPytorchTractNotISO, match=f"traced for sizes with .*{guard}"):
+        export(tmp_path, function, x(2, 8), axes=[S])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_branch_is_right_where_it_is_asserted(tmp_path):
+    extensions = ["tract_assert S > 5", "tract_assert S <= 12"]
+    path = export(tmp_path, lambda x: x * 2 if x.shape[1] > 5 else x, x(2, 8), axes=[S], custom_extensions=extensions)
+    assert "extension tract_assert S > 5;" in (path / "graph.nnef").read_text()
+
+
+@pytest.mark.parametrize("assertion", ["S <= 8", "S == 8"])
+def test_an_assertion_may_not_leave_the_samples_alone(assertion, tmp_path):
+    options = {"custom_extensions": [f"tract_assert {assertion}"]}
+    if assertion == "S <= 8":
+        export(tmp_path, torch.relu, x(2, 8), axes=[S], **options)
+        return
+    with pytest.raises(T2NErrorDynamicShapeValue, match="no size but that of the samples"):
+        export(tmp_path, torch.relu, x(2, 8), axes=[S], **options)
+
+
+@pytest.mark.parametrize(
+    ("assertion", "error", "message"),
+    [
+        ("S <= 4", T2NErrorDynamicShapeValue, "sample inputs are not as asserted: S=8"),
+        ("S is small", T2NErrorInvalidArgument, "write one relation"),
+        ("S / 2 > 1", T2NErrorInvalidArgument, "write one relation"),
+    ],
+)
+def test_assertions_that_do_not_fit(assertion, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        export(tmp_path, torch.relu, x(2, 8), axes=[S], custom_extensions=[f"tract_assert {assertion}"])
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ([{1: "S*P"}, {}], "sum of multiples of names"),
+        ([{1: "3"}, {}], "sum of multiples of names"),
+        ([{1: "2*S"}, S], "has size 16 by its parts but 8"),
+        ([{1: "S+P"}, {}], "leaves .* open"),
+        ([{1: "3*S"}, {}], "has size 8, which '3\\*S' is for no S"),
+        ([{1: "args_0"}, {}], "not a free identifier"),
+    ],
+)
+def test_axes_that_do_not_fit(axes, message, tmp_path):
+    with pytest.raises(T2NErrorDynamicShapeValue, match=message):
+        export(tmp_path, lambda x, y: x.sum() + y.sum(), x(2, 8), x(2, 8), axes=axes)
+
+
+@pytest.mark.parametrize(
+    ("function", "axes", "message"),
+    [
+        (
+            lambda x, y: torch.cat([x, x], 1) + y,
+            [S, {1: "T"}],
+            r"is 'T' in dynamic_axes, but the model needs it to be 2\*S",
+        ),
+        (torch.add, [S, {1: "T"}], r"axis 1 of 'args_1' is 'T' in dynamic_axes, but the model needs it to be S"),
+    ],
+)
+def test_an_axis_that_follows_from_another_says_so(function, axes, message, tmp_path):
+    y = x(2, 16) if "2" in message else x(2, 8)
+    with pytest.raises(T2NErrorDynamicShapeValue, match=message):
+        export(tmp_path, function, x(2, 8), y, axes=axes)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x[:, : round(x.shape[1] * 0.5)], "no form for the dimension"),
+        (lambda x: x[:, : math.ceil(x.shape[1] * 0.3)], "no form for the dimension"),
+        (lambda x: x * math.log(x.shape[1]), "asked to be dynamic"),
+        (lambda x: torch.linspace(0, 1, x.shape[1]) * x, "asked to be dynamic"),
+        (lambda x: x * (x.shape[1] > 3), "no equivalent"),
+        (lambda x: x[x > 0], "depends on the data"),
+    ],
+    ids=["round", "ceil of a float", "log", "linspace", "comparison as a number", "data"],
+)
+def test_what_cannot_be_said_of_a_size(function, message, tmp_path):
+    with pytest.raises(T2NError, match=message):
+        export(tmp_path, function, x(2, 8), axes=[S])
+    assert not any(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.inputs import Inputs
 from torch_to_nnef.graph.opaque import ModuleCall, Uses, kept_whole
-from torch_to_nnef.graph.patches import symbolic_math, symbolic_max_pool1d
+from torch_to_nnef.graph.patches import symbolic_max_pool1d, symbolic_sqrt
 
 # torch burns sizes 0 and 1 into a graph, so a dynamic axis is traced at this size or more.
 _SMALLEST_TRACED = 2
@@ -104,7 +104,7 @@ def capture(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Us
     with contextlib.ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         stack.enter_context(symbolic_max_pool1d())
-        stack.enter_context(symbolic_math())
+        stack.enter_context(symbolic_sqrt())
         calls = stack.enter_context(kept_whole(model, whole or {}))
         mode, tensors = stack.enter_context(_placeholders(model))
         stack.enter_context(torch.no_grad())

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.nn.functional import max_pool2d
 
-_LN2 = math.log(2)
 Size = int | tuple[int, ...] | list[int]
 
 
@@ -23,26 +22,15 @@ def symbolic_max_pool1d() -> Iterator[None]:
 
 
 @contextmanager
-def symbolic_math() -> Iterator[None]:
-    """The functions of `math` read a size as a number; torch's own forms of them do not."""
-    with ExitStack() as stack:
-        for name, symbolic in _SYMBOLIC.items():
-            stack.enter_context(mock.patch.object(math, name, _either(getattr(math, name), symbolic)))
+def symbolic_sqrt() -> Iterator[None]:
+    """math.sqrt reads a size as a number; torch's own root of a size does not."""
+    root = math.sqrt
+
+    def sqrt(value: Any) -> Any:
+        return (torch._sym_sqrt if isinstance(value, (torch.SymInt, torch.SymFloat)) else root)(value)
+
+    with mock.patch.object(math, "sqrt", sqrt):
         yield
-
-
-_SYMBOLIC: Mapping[str, Callable[..., Any]] = {
-    "sqrt": torch._sym_sqrt,
-    "log2": torch._sym_log2,
-    "log": lambda size: torch._sym_log2(size) * _LN2,
-}
-
-
-def _either(number: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[..., Any]:
-    def function(value: Any, *rest: Any) -> Any:
-        return (symbolic if isinstance(value, (torch.SymInt, torch.SymFloat)) and not rest else number)(value, *rest)
-
-    return function
 
 
 def _max_pool1d(

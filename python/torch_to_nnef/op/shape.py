@@ -179,13 +179,13 @@ def split(e: Emitter, x: Ref, dim: int = 0) -> list[Ref]:
 
 
 @lowers(aten.constant_pad_nd.default)
-def constant_pad(e: Emitter, x: Ref, pad: Sequence[int], value: Scalar = 0) -> Ref:
+def constant_pad(e: Emitter, x: Ref, pad: Sequence[Dim], value: Scalar = 0) -> Ref:
     """Padded with a constant; `pad` starts at the last axis."""
     return pad_mode(e, x, pad, "constant", value)
 
 
 @lowers(aten.pad.default)
-def pad_mode(e: Emitter, x: Ref, pad: Sequence[int], mode: str = "constant", value: Scalar | None = None) -> Ref:
+def pad_mode(e: Emitter, x: Ref, pad: Sequence[Dim], mode: str = "constant", value: Scalar | None = None) -> Ref:
     """Padded by torch.nn.functional.pad's rules; negative amounts cut."""
     borders = {"constant": "constant", "reflect": "reflect", "replicate": "replicated"}  # as tract spells them
     if mode not in borders:
@@ -193,8 +193,25 @@ def pad_mode(e: Emitter, x: Ref, pad: Sequence[int], mode: str = "constant", val
     amounts = [(0, 0)] * x.rank
     for i in range(len(pad) // 2):
         before, after = pad[2 * i], pad[2 * i + 1]
+        if mode == "constant" and not (isinstance(before, int) and isinstance(after, int)):
+            x = _joined(e, x, x.rank - 1 - i, (before, after), value or 0)
+            continue
         if not isinstance(before, int) or not isinstance(after, int) or before < 0 or after < 0:
             raise e.refuse(f"padding {list(pad)}: amounts must be static and non-negative; slice instead")
         amounts[x.rank - 1 - i] = (before, after)
+    if not any(map(any, amounts)):
+        return x
     filled: dict[str, Any] = {"value": float(value or 0)} if mode == "constant" else {}
     return e.op("pad", x, out=e.out.shape, padding=amounts, border=borders[mode], **filled)
+
+
+def _joined(e: Emitter, x: Ref, axis: int, amounts: tuple[Dim, Dim], value: Scalar) -> Ref:
+    """Padded by dynamic amounts on one axis, which tract's `pad` does not take: joined with constants."""
+
+    def side(amount: Dim) -> list[Ref]:
+        shape = (*x.shape[:axis], amount, *x.shape[axis + 1 :])
+        return [] if amount == 0 else [e.broadcast_to(e.full(value), shape)]
+
+    before, after = amounts
+    shape = (*x.shape[:axis], before + x.shape[axis] + after, *x.shape[axis + 1 :])
+    return e.op("concat", [*side(before), x, *side(after)], out=shape, dtype=x.dtype, axis=axis)

@@ -24,7 +24,6 @@ _OPERATORS: Mapping[str, str] = {
     "Max": "max",
     "Min": "min",
     "Mul": "mul",
-    "OpaqueUnaryFn_log2": "t2n_log2",
     "OpaqueUnaryFn_sqrt": "sqrt",
     "Pow": "pow",
 }
