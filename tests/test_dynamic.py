@@ -218,9 +218,11 @@ def test_a_size_that_is_assumed_larger_is_checked_where_it_is(tmp_path, caplog):
     [
         (lambda x: x[:, : int(x.shape[1] * 0.5)] * 2, r"TruncToInt\(0\.5\*ToFloat\(S\)\)"),
         (lambda x: x * 2 if x.shape[1] > 5 else x, "S > 5"),
-        (lambda x: x * 2 if x.shape[1] % 4 == 0 else x, r"S"),
+        (lambda x: x * 2 if x.shape[1] < 50 else x, "S < 50"),
+        (lambda x: x * 2 if x.shape[1] % 4 == 0 else x, "S"),
+        (lambda x: x if x.shape[1] == 7 else x * 2, r"Ne\(S, 7\)"),
     ],
-    ids=["a rounded size", "a branch", "a branch on the rest"],
+    ids=["a rounded size", "a smallest size", "a largest size", "a branch on the rest", "one size apart"],
 )
 def test_code_that_reads_a_size_is_found_and_named(function, guard, tmp_path):
     with pytest.raises(T2NErrorIOPytorchTractNotISO, match=f"traced for sizes with .*{guard}"):

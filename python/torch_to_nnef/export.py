@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 
 from torch_to_nnef._native import put_in_place
 from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIoQuantity
+from torch_to_nnef.graph.axes import asserted
 from torch_to_nnef.graph.capture import Captured, capture, decompose, eval_mode
 from torch_to_nnef.graph.convert import name_symbols, to_graph
 from torch_to_nnef.graph.inputs import Args, Inputs, check_names, prepare
 from torch_to_nnef.graph.ir import Graph
-from torch_to_nnef.graph.symbols import asserted
 from torch_to_nnef.inference_target import TractCheckTolerance, TractNNEF
 from torch_to_nnef.log import LOGGER, at_level
 from torch_to_nnef.nnef.document import Document

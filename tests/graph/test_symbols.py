@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
-from torch_to_nnef.graph.symbols import dim_text
+from torch_to_nnef.graph.tdim import dim_text
 
 B, S = (sympy.Symbol(name, integer=True, nonnegative=True) for name in "BS")
 

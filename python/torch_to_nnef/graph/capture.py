@@ -53,7 +53,7 @@ class Captured:
     def guards(self) -> list[sympy.Basic]:
         """What torch assumed of sizes while it traced."""
         values = (node.meta.get("val") for node in self.program.graph.nodes if node.op == "placeholder")
-        sizes = (size for value in values if isinstance(value, torch.Tensor) for size in value.shape)
+        sizes: Iterator[Any] = (size for value in values if isinstance(value, torch.Tensor) for size in value.shape)
         environment = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
         return [guard.expr for guard in environment.guards] if environment else []
 

@@ -13,9 +13,10 @@ from torch.fx import Node as FxNode
 from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorDynamicShapeValue, T2NErrorNotImplemented
+from torch_to_nnef.graph.axes import axis_expression
 from torch_to_nnef.graph.capture import Captured
 from torch_to_nnef.graph.ir import Graph, Node, Value
-from torch_to_nnef.graph.symbols import Symbols, axis_expression
+from torch_to_nnef.graph.symbols import Symbols
 
 # Calls without a value: checks that torch leaves in the graph. tract checks shapes and dtypes itself.
 _CHECKS = frozenset(

@@ -16,7 +16,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorInvalidArgument,
     T2NErrorIoQuantity,
 )
-from torch_to_nnef.graph.symbols import axis_expression, solved, symbol
+from torch_to_nnef.graph.axes import axis_expression, solved, symbol
 
 Args = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor
 DynamicAxes = Mapping[str, Mapping[int, str]]

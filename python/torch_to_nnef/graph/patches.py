@@ -27,7 +27,7 @@ def symbolic_sqrt() -> Iterator[None]:
     root = math.sqrt
 
     def sqrt(value: Any) -> Any:
-        return (torch._sym_sqrt if isinstance(value, (torch.SymInt, torch.SymFloat)) else root)(value)
+        return (torch.sym_sqrt if isinstance(value, (torch.SymInt, torch.SymFloat)) else root)(value)
 
     with mock.patch.object(math, "sqrt", sqrt):
         yield

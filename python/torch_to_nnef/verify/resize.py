@@ -1,46 +1,48 @@
 """Sample inputs at other sizes: one set of tensors for every combination of symbol sizes worth trying."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
+from torch_to_nnef.graph.axes import Condition
 from torch_to_nnef.graph.inputs import axis_sizes, resize, traced_sizes
 
 # Sizes tried besides the samples', at least where there are as many.
 _WANTED = 3
 _NEAR = 64
-
-Condition = Callable[[Mapping[str, int]], bool]
+# Combinations that break an assumption which the others keep, at most.
+_DOUBTED = 4
 
 
 @dataclass(frozen=True)
 class InputSet:
     """The inputs of one run. sizes: symbol -> size; traced: the inputs as the model was captured with.
 
-    outside: what the capture assumed of sizes, and these are not.
+    outside: what the capture assumed of sizes, and these are not; `beside` if it is merely that they are no other ones.
     """
 
     sizes: dict[str, int]
     tensors: tuple[torch.Tensor, ...]
     traced: bool
     outside: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 def resized_input_sets(
     inputs: Sequence[torch.Tensor],
     dynamic_axes: Sequence[Mapping[int, str]],
-    asserted: Mapping[str, Condition] | None = None,
-    assumed: Mapping[str, Condition] | None = None,
+    asserted: Sequence[Condition] = (),
+    assumed: Sequence[Condition] = (),
 ) -> tuple[InputSet, ...]:
     """Return `inputs` as they are, then, if any axis is dynamic, at three or four other combinations of sizes.
 
     `dynamic_axes[i]` maps axes of `inputs[i]` to symbols, or sums of multiples of them; negative axes count from the end. Every symbol
     takes size 1, one more than traced and about twice that, in different combinations, always equal on all axes that carry it.
-    `asserted` are conditions by their text that all sizes keep; so do the samples. `assumed` are those that torch may refuse sizes for:
-    there are further combinations that keep them if few of the usual do.
+    All sizes are as `asserted`, and so must the samples be. `assumed` is what the capture supposes, and may be wrong in or torch refuse:
+    there are further combinations that keep it if few of the usual do, and some that do not.
     Values are repeated cyclically along a grown axis and cut along a shrunk one, so ids and masks stay legal.
     Raises `T2NErrorDynamicShapeValue` for an axis out of range, a symbol traced at two sizes, samples that are not as asserted, or if no
     other size is.
@@ -49,40 +51,48 @@ def resized_input_sets(
         _axis_symbols(i, tensor, symbols) for i, (tensor, symbols) in enumerate(zip(inputs, dynamic_axes, strict=True))
     ]
     traced = traced_sizes([f"input {i}" for i in range(len(inputs))], inputs, axes)
-    broken = _broken(asserted, traced)
-    if broken:
+    if broken := _broken(asserted, traced):
         raise T2NErrorDynamicShapeValue(f"the sample inputs are not as asserted: {_shown(traced)}, but {broken[0]}")
     sets = [InputSet(traced, tuple(inputs), traced=True)]
-    for sizes in _combinations(traced, axes, asserted or {}, assumed or {}):
+    supposed = [c for c in assumed if not c.merely_unequal], [c for c in assumed if c.merely_unequal]
+    for sizes in _combinations(traced, axes, asserted, *supposed):
         resized = tuple(
             resize(tensor.detach(), axis_sizes(by_axis, sizes)) for tensor, by_axis in zip(inputs, axes, strict=True)
         )
-        sets.append(InputSet(sizes, resized, traced=False, outside=tuple(_broken(assumed, sizes))))
+        sets.append(InputSet(sizes, resized, False, *(tuple(_broken(conditions, sizes)) for conditions in supposed)))
     return tuple(sets)
 
 
 def _combinations(
     traced: Mapping[str, int],
     axes: Sequence[Mapping[int, str]],
-    asserted: Mapping[str, Condition],
-    assumed: Mapping[str, Condition],
+    asserted: Sequence[Condition],
+    assumed: Sequence[Condition],
+    unequal: Sequence[Condition],
 ) -> list[dict[str, int]]:
     def possible(sizes: Mapping[str, int]) -> bool:
         return not _broken(asserted, sizes) and all(min(axis_sizes(a, sizes).values(), default=1) >= 0 for a in axes)
 
-    chosen = [sizes for sizes in other_sizes(traced) if possible(sizes)]
     if not traced:
-        return chosen
-    for conditions in (asserted, {**asserted, **assumed}):
+        return []
+    chosen = [sizes for sizes in other_sizes(traced) if possible(sizes)]
+    for conditions in ((), assumed):
         missing = _WANTED - sum(not _broken(conditions, sizes) for sizes in chosen)
-        if missing > 0:
-            more = (s for s in _further(traced) if s not in chosen and possible(s) and not _broken(conditions, s))
-            chosen += islice(more, missing)
+        more = (s for s in _further(traced) if s not in chosen and possible(s) and not _broken(conditions, s))
+        chosen += islice(more, max(missing, 0))
     if not chosen:
-        raise T2NErrorDynamicShapeValue(
-            f"no size but that of the samples, {_shown(traced)}, is as asserted: {', '.join(asserted)}"
-        )
-    return chosen
+        texts = ", ".join(condition.text for condition in asserted)
+        raise T2NErrorDynamicShapeValue(f"no size but that of the samples, {_shown(traced)}, is as asserted: {texts}")
+    doubts = (c for c in (*assumed, *unequal) if all(map(c.holds, chosen)))
+    breaking = (next((s for s in _near(c, traced) if possible(s) and not c.holds(s)), None) for c in doubts)
+    return chosen + list(islice((sizes for sizes in breaking if sizes and sizes not in chosen), _DOUBTED))
+
+
+def _near(condition: Condition, traced: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Combinations near the numbers of a condition, as far as their tensors are not much larger than the samples."""
+    sizes = sorted({number + step for number in condition.numbers for step in (-1, 0, 1)})
+    for symbol, size in traced.items():
+        yield from ({**traced, symbol: other} for other in sizes if 1 <= other <= 8 * size + _NEAR)
 
 
 def _further(traced: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -99,8 +109,8 @@ def _further(traced: Mapping[str, int]) -> Iterator[dict[str, int]]:
         yield from ({**traced, alone: other} for other in range(1, size + _NEAR) if other != size)
 
 
-def _broken(conditions: Mapping[str, Condition] | None, sizes: Mapping[str, int]) -> list[str]:
-    return [text for text, holds in (conditions or {}).items() if not holds(sizes)]
+def _broken(conditions: Sequence[Condition], sizes: Mapping[str, int]) -> list[str]:
+    return [condition.text for condition in conditions if not condition.holds(sizes)]
 
 
 def _shown(sizes: Mapping[str, int]) -> str:

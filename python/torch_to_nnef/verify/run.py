@@ -149,10 +149,11 @@ def _compare_runs(
 
 def _outside(inputs: InputSet) -> str:
     """A note on sizes that the capture was not made for."""
-    if not inputs.outside:
+    assumed = inputs.outside or inputs.beside
+    if not assumed:
         return ""
     return (
-        f"\nthe model was traced for sizes with {' and '.join(inputs.outside)}, which {_sizes(inputs.sizes)} is not: "
+        f"\nthe model was traced for sizes with {' and '.join(assumed)}, which {_sizes(inputs.sizes)} is not: "
         "its code reads a size as a number, or branches on one; or assert the sizes it is for (custom_extensions, tract_assert)"
     )
 
