@@ -5,16 +5,26 @@ from pathlib import Path
 
 import pytest
 
+from torch_to_nnef.op.registry import OPS, table
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "CHANGELOG.md",
+        "docs/architecture.md",
+        "docs/custom_operators.md",
+    )
 ]
 IN_BACKTICKS = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/|[\w./-]+\.(?:py|pyi|rs|toml|md|html))`")
 
 
-def blocks(language):
-    """Fenced blocks at the margin of the README, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def blocks(language, page="README.md"):
+    """Fenced blocks at the margin of a page, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +53,23 @@ def test_python_of_the_readme_runs(run):
     }
 
 
+def test_python_of_the_custom_operators_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = dict(table()._handlers), dict(OPS.modules)
+    names = {"__name__": "custom_operators"}
+    try:
+        for block in blocks("python", "docs/custom_operators.md"):
+            exec(compile(block, "custom_operators.md", "exec"), names)
+    finally:
+        OPS._handlers, OPS.modules = before
+    assert names["report"].ok
+    assert {row.fqn for row in names["report"].rows if row.method == "q40"} == {
+        "blocks.0.proj.weight",
+        "blocks.1.proj.weight",
+    }
+    assert {p.name for p in tmp_path.iterdir()} == {"snake.nnef.tgz", "stack.nnef.tgz"}
+
+
 def test_graph_of_the_readme_is_the_real_one(run):
     (shown,) = blocks("nnef")
     real = iter((run[1] / "float.nnef" / "graph.nnef").read_text().splitlines())
@@ -53,7 +80,8 @@ def test_graph_of_the_readme_is_the_real_one(run):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_exists(page):
     text = page.read_text()
-    links = [page.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = [page.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", prose)]
     named = [ROOT / path for path in IN_BACKTICKS.findall(text)]
     assert [str(path) for path in links + named if not path.exists()] == []
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,8 +19,9 @@ from torch.utils import _pytree as pytree
 
 from torch_to_nnef._native import put_in_place
 from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIoQuantity
+from torch_to_nnef.graph.axes import asserted
 from torch_to_nnef.graph.capture import Captured, capture, decompose, eval_mode
-from torch_to_nnef.graph.convert import to_graph
+from torch_to_nnef.graph.convert import name_symbols, to_graph
 from torch_to_nnef.graph.inputs import Args, Inputs, check_names, prepare
 from torch_to_nnef.graph.ir import Graph
 from torch_to_nnef.graph.torchscript import eager
@@ -32,6 +32,8 @@ from torch_to_nnef.nnef.linter import lint
 from torch_to_nnef.nnef.lower import Lowered, lower, missing_ops
 from torch_to_nnef.nnef.names import VariableNamingScheme
 from torch_to_nnef.nnef.writer import target_path, write_archive
+from torch_to_nnef.op.extensions import load_modules
+from torch_to_nnef.op.registry import table
 from torch_to_nnef.verify import (
     Candidate,
     Comparison,
@@ -40,7 +42,6 @@ from torch_to_nnef.verify import (
     raise_on_mismatch,
     resized_input_sets,
     verify_archive,
-    within,
 )
 from torch_to_nnef.verify.bundle import write_bundle
 
@@ -70,7 +71,7 @@ def export_model_to_nnef(
     debug_bundle_path: a folder to write when the check fails: archive, inputs, both outputs, the error.
     custom_extensions: lines behind `extension`, e.g. `"tract_assert S <= 512"`.
     allow_same_io_names: an input that the model returns as it is may keep its name as an output.
-    load_extra_op_modules: modules to import first; they register handlers of their own with `torch_to_nnef.op.registry.lowers`.
+    load_extra_op_modules: modules to import first; they register handlers of their own with `torch_to_nnef.op.lowers`.
 
     Raises: `T2NErrorInvalidArgument`, `T2NErrorIoQuantity`, `T2NErrorDynamicShapeValue` for arguments that do not fit;
     `T2NErrorNotImplemented` (`T2NErrorMissingOpEmitter` lists all ops without handler) for a model that cannot be said in NNEF;
@@ -78,8 +79,7 @@ def export_model_to_nnef(
     `T2NErrorIOPytorchTractNotISO` if its outputs are not torch's. The model is left as it came, and a file at the path untouched.
     """
     path, form = target_path(file_path_export, compression_level)
-    for name in load_extra_op_modules or ():
-        import_module(name)
+    load_modules(load_extra_op_modules or ())
     naming = Naming(
         input_names, output_names, check_io_names_qte_match, allow_same_io_names, _scheme(nnef_variable_naming_scheme)
     )
@@ -143,10 +143,9 @@ class Plan:
         return self.captured.inputs
 
     def input_sets(self) -> tuple[InputSet, ...]:
-        """The samples, and the same at other sizes of every symbol, within what the archive asserts of them."""
-        sets = resized_input_sets(self.inputs.tensors, self.inputs.axes)
-        asserted = [line.partition(" ")[2] for line in self.document.extensions if line.startswith("tract_assert ")]
-        return tuple(s for s in sets if s.traced or within(asserted, s.sizes))
+        """The samples, and the same at other sizes of every symbol, as far as `tract_assert` allows them."""
+        assumed = name_symbols(self.captured).assumed()
+        return resized_input_sets(self.inputs.tensors, self.inputs.axes, asserted(self.document.extensions), assumed)
 
     def runner(self, model: nn.Module) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
         """`model` as a function of flat tensors, in eval mode."""
@@ -173,7 +172,8 @@ def plan_export(
 
 def captured_graph(model: nn.Module, inputs: Inputs) -> tuple[Captured, Graph]:
     """Capture, and spell out what has no handler as long as torch knows how."""
-    captured = capture(model, inputs)
+    whole = {cls: handler.uses for cls, handler in table().modules.items()}
+    captured = capture(model, inputs, whole)
     if captured.writes_in_place():
         captured = decompose(captured, ())
     graph = to_graph(captured)

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
+from torch_to_nnef.graph.axes import Condition
 from torch_to_nnef.verify.resize import other_sizes, resized_input_sets
 
 
@@ -83,7 +84,7 @@ def test_an_axis_out_of_range(axis):
 
 
 def test_a_symbol_of_two_sizes():
-    with pytest.raises(T2NErrorDynamicShapeValue, match=r"size 3, but 'B' is 2"):
+    with pytest.raises(T2NErrorDynamicShapeValue, match=r"'B' has size 2 in 'input 0' but 3 in 'input 1'"):
         resized_input_sets([torch.zeros(2), torch.zeros(3)], [{0: "B"}, {0: "B"}])
 
 
@@ -91,3 +92,56 @@ def test_an_axis_of_two_names():
     with pytest.raises(T2NErrorDynamicShapeValue, match="named both 'B' and 'S'"):
         resized_input_sets([torch.zeros(2, 3)], [{1: "B", -1: "S"}])
     assert resized_input_sets([torch.zeros(2, 3)], [{1: "B", -1: "B"}])[0].sizes == {"B": 3}
+
+
+def sizes_tried(size, asserted=(), assumed=(), axis="S"):
+    _, *others = resized_input_sets([torch.zeros(size)], [{0: axis}], asserted, assumed)
+    return others
+
+
+def condition(text, holds, *numbers, merely_unequal=False):
+    return Condition(text, lambda sizes: holds(sizes["S"]), frozenset(numbers), merely_unequal)
+
+
+def test_sums_follow_their_parts():
+    past, mask = torch.zeros(4), torch.zeros(13)
+    _, *others = resized_input_sets([mask, past], [{0: "P+2*S+1"}, {0: "P"}])
+    assert len(others) >= 3
+    for inputs in others:
+        assert inputs.tensors[1].shape == (inputs.sizes["P"],)
+        assert inputs.tensors[0].shape == (inputs.sizes["P"] + 2 * inputs.sizes["S"] + 1,)
+
+
+def test_no_size_is_tried_that_is_asserted_not_to_be():
+    asserted = [condition("S > 5", lambda s: s > 5), condition("S <= 9", lambda s: s <= 9)]
+    others = sizes_tried(8, asserted)
+    assert sorted(inputs.sizes["S"] for inputs in others) == [6, 7, 9]
+    assert [inputs.outside for inputs in others] == [(), (), ()]
+
+
+def test_sizes_that_torch_may_take_are_tried_beside_the_usual():
+    others = sizes_tried(8, assumed=[condition("S % 4 == 0", lambda s: s % 4 == 0, 4, 0)])
+    assert [inputs.sizes["S"] for inputs in others] == [1, 9, 16, 24, 4]
+    assert [inputs.outside for inputs in others] == [("S % 4 == 0",), ("S % 4 == 0",), (), (), ()]
+
+
+@pytest.mark.parametrize(("merely", "field"), [(False, "outside"), (True, "beside")])
+def test_an_assumption_is_tried_where_it_fails(merely, field):
+    for holds, number, failing in ((lambda s: s < 50, 50, 50), (lambda s: s != 7, 7, 7)):
+        others = sizes_tried(8, assumed=[condition("assumed", holds, number, merely_unequal=merely)])
+        assert [inputs.sizes["S"] for inputs in others] == [1, 9, 16, failing]
+        assert getattr(others[-1], field) == ("assumed",)
+
+
+def test_samples_are_not_made_much_larger_for_an_assumption():
+    others = sizes_tried(8, assumed=[condition("S < 4096", lambda s: s < 4096, 4096)])
+    assert [inputs.sizes["S"] for inputs in others] == [1, 9, 16]
+
+
+def test_samples_and_assertions_that_leave_nothing():
+    with pytest.raises(
+        T2NErrorDynamicShapeValue, match=r"samples are|sample inputs are not as asserted: S=8, but S > 9"
+    ):
+        sizes_tried(8, [condition("S > 9", lambda s: s > 9)])
+    with pytest.raises(T2NErrorDynamicShapeValue, match="no size but that of the samples, S=8, is as asserted: S == 8"):
+        sizes_tried(8, [condition("S == 8", lambda s: s == 8)])

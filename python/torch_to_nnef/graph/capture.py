@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,7 +23,8 @@ from torch_to_nnef.graph.conds import inline_conds
 from torch_to_nnef.graph.explain import explain, keeps_state
 from torch_to_nnef.graph.guards import Axis, Limit, Watch, limits
 from torch_to_nnef.graph.inputs import Inputs
-from torch_to_nnef.graph.patches import symbolic_max_pool1d
+from torch_to_nnef.graph.opaque import ModuleCall, Uses, kept_whole
+from torch_to_nnef.graph.patches import symbolic_max_pool1d, symbolic_sqrt
 from torch_to_nnef.graph.places import module_names
 from torch_to_nnef.graph.torchscript import interpreted_functions
 
@@ -37,13 +39,14 @@ class Captured:
     """An exported program over fake weights, and the tensors those stand for.
 
     `tensors` maps every fqn (parameter, buffer, lifted constant) to the user's own tensor; tied ones are the same object.
-    `limits` are the sizes it is bound to.
+    `limits` are the sizes it is bound to, `calls` those of modules kept whole.
     """
 
     program: ExportedProgram
     inputs: Inputs
     tensors: Mapping[str, torch.Tensor]
     limits: tuple[Limit, ...] = ()
+    calls: Sequence[ModuleCall] = ()
 
     def fqns(self) -> dict[str, str]:
         """Placeholder name -> fqn of the tensor it stands for."""
@@ -53,6 +56,13 @@ class Captured:
             **signature.inputs_to_buffers,
             **signature.inputs_to_lifted_tensor_constants,
         }
+
+    def guards(self) -> list[sympy.Basic]:
+        """What torch assumed of sizes while it traced."""
+        values = (node.meta.get("val") for node in self.program.graph.nodes if node.op == "placeholder")
+        sizes: Iterator[Any] = (size for value in values if isinstance(value, torch.Tensor) for size in value.shape)
+        environment = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+        return [guard.expr for guard in environment.guards] if environment else []
 
     def writes_in_place(self) -> bool:
         """Whether a call changes one of its arguments (`relu_`): handlers want values that stay."""
@@ -88,23 +98,25 @@ class _Recorder(torch.fx.Interpreter):
         return value
 
 
-def capture(model: nn.Module, inputs: Inputs) -> Captured:
-    """Trace `model` in eval mode with symbolic sizes on the dynamic axes of `inputs`.
+def capture(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Uses] | None = None) -> Captured:
+    """Trace `model` in eval mode with symbolic sizes on the dynamic axes of `inputs`; modules of the classes `whole` stay one call.
 
     Raises: `T2NErrorDynamicShapeValue` if torch fixes a dimension that was asked to be dynamic; `T2NErrorNotImplemented` if the module
     cannot be captured; both with the user's line.
     """
     sizes = {name: max(size, _SMALLEST_TRACED) for name, size in inputs.sizes().items()}
     try:
-        return _capture(model, inputs, sizes)
+        return _capture(model, inputs, whole or {}, sizes)
     except T2NErrorDynamicShapeValue:
         # At small sizes derived ones are 1, which torch burns in; multiples keep what models demand of sizes.
         with contextlib.suppress(T2NError):
-            return _capture(model, inputs, {name: 4 * size for name, size in sizes.items()})
+            return _capture(model, inputs, whole or {}, {name: 4 * size for name, size in sizes.items()})
         raise
 
 
-def _capture(model: nn.Module, inputs: Inputs, sizes: Mapping[str, int]) -> Captured:
+def _capture(
+    model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Uses], sizes: Mapping[str, int]
+) -> Captured:
     args, kwargs = inputs.resized(sizes).unflatten(inputs.resized(sizes).tensors)
     leaves = [dict.fromkeys(axes, Dim.DYNAMIC) for axes in inputs.axes]
     dims = _by_parameter(model, *inputs.unflatten(leaves))
@@ -113,11 +125,13 @@ def _capture(model: nn.Module, inputs: Inputs, sizes: Mapping[str, int]) -> Capt
         for patch in (
             eval_mode(model),
             symbolic_max_pool1d(),
+            symbolic_sqrt(),
             interpreted_functions(),
             torch.no_grad(),
             watch.running(),
         ):
             stack.enter_context(patch)
+        calls = stack.enter_context(kept_whole(model, whole))
         mode, tensors = stack.enter_context(_placeholders(model))
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
         said = io.StringIO()
@@ -131,7 +145,7 @@ def _capture(model: nn.Module, inputs: Inputs, sizes: Mapping[str, int]) -> Capt
         if watch.assigned:
             raise keeps_state(watch.assigned)
         inline_conds(program.graph_module)
-        return Captured(program, inputs, {**_constants(program), **tensors}, limits(watch))
+        return Captured(program, inputs, {**_constants(program), **tensors}, limits(watch), calls)
 
 
 def _axes(model: nn.Module, inputs: Inputs) -> dict[str, Axis]:

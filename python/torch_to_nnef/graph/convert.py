@@ -13,6 +13,7 @@ from torch.fx import Node as FxNode
 from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorDynamicShapeValue, T2NErrorNotImplemented
+from torch_to_nnef.graph.axes import axis_expression
 from torch_to_nnef.graph.capture import Captured
 from torch_to_nnef.graph.explain import keeps_state
 from torch_to_nnef.graph.fold import fold, live, values
@@ -51,7 +52,7 @@ class _Converter:
             raise T2NErrorNotImplemented(
                 f"the model has calls with side effects, which an archive cannot have: {effects}"
             )
-        self.symbols = _name_symbols(captured)
+        self.symbols = name_symbols(captured)
         self.env: dict[FxNode, Any] = {}
         self.inputs: list[Value] = []
         self.nodes: list[Node] = []
@@ -74,8 +75,7 @@ class _Converter:
         missing = sorted(fqn for fqn in weights.values() if fqn not in self.captured.tensors)
         if missing:
             raise T2NErrorConsistency(f"the capture uses tensors the model does not hold: {missing}")
-        symbols = tuple(dict.fromkeys(s for axes in self.captured.inputs.axes for s in axes.values()))
-        names = self.captured.inputs.names
+        symbols, names = self.captured.inputs.symbols(), self.captured.inputs.names
         graph = Graph(tuple(self.inputs), names, weights, self.captured.tensors, tuple(nodes), outputs, symbols)
         return fold(graph, self.captured.program.graph_signature.inputs_to_lifted_tensor_constants.values())
 
@@ -88,7 +88,7 @@ class _Converter:
         elif isinstance(val, torch.SymInt):
             self.env[node] = self._located(node, self.symbols.dim, val)
         elif isinstance(val, (int, float, bool, torch.SymFloat, torch.SymBool)):
-            self.env[node] = val  # a float on the way to a size says itself in the size; else `_argument` refuses it
+            self.env[node] = val  # a float on the way to a size says itself in the size; else `_argument` reads it
         elif isinstance(node.target, torch._ops.OpOverload):
             self.nodes.append(self._node(node, node.target, val))
         else:
@@ -123,13 +123,16 @@ class _Converter:
         def leaf(arg: Any) -> Any:
             if isinstance(arg, FxNode):
                 arg = self.env[arg]
-            if isinstance(arg, (torch.SymFloat, torch.SymBool)):
-                read = "read out of a tensor" if self.symbols.unnamed(arg) else "a fraction of a dynamic size"
+            if isinstance(arg, (torch.SymFloat, torch.SymBool)) and (
+                isinstance(arg, torch.SymBool) or self.symbols.unnamed(arg)
+            ):
                 raise T2NErrorNotImplemented(
-                    f"{node.target} takes a Python number that is {read} ({arg}): tract has it only when it runs{_at(node)}\n"
-                    "  hint: compute with tensors: leave out `.item()`, float() and `.tolist()`; divide sizes by `//`"
+                    f"{node.target} takes a Python number that is read out of a tensor ({arg}): tract has it only when it runs{_at(node)}\n"
+                    "  hint: compute with tensors: leave out `.item()`, float() and `.tolist()`"
                 )
-            return self.symbols.dim(arg) if isinstance(arg, torch.SymInt) else arg
+            return (
+                self._located(node, self.symbols.dim, arg) if isinstance(arg, (torch.SymInt, torch.SymFloat)) else arg
+            )
 
         return pytree.tree_map(leaf, tree)
 
@@ -149,15 +152,25 @@ class _Converter:
         return tuple(values)
 
 
-def _name_symbols(captured: Captured) -> Symbols:
-    names: dict[sympy.Symbol, str] = {}
+def name_symbols(captured: Captured) -> Symbols:
+    """Torch's symbols as the user's; raises `T2NErrorDynamicShapeValue` for an axis that has another size to the model."""
+    names: dict[sympy.Symbol, sympy.Expr] = {}
     users = [n for n in captured.program.graph.nodes if n.op == "placeholder" and n.name not in captured.fqns()]
-    for node, axes in zip(users, captured.inputs.axes, strict=True):
-        for axis, name in axes.items():
-            size = node.meta["val"].shape[axis]
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                names.setdefault(size.node.expr, name)
-    return Symbols(names)
+    asked = [
+        (name, axis, text, node.meta["val"].shape[axis])
+        for node, name, axes in zip(users, captured.inputs.names, captured.inputs.axes, strict=True)
+        for axis, text in axes.items()
+    ]
+    for _, _, text, size in asked:
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+            names.setdefault(size.node.expr, axis_expression(text))
+    symbols = Symbols(names, captured.guards())
+    for name, axis, text, size in asked:
+        if isinstance(size, torch.SymInt) and sympy.expand(symbols.dim(size) - axis_expression(text)) != 0:
+            raise T2NErrorDynamicShapeValue(
+                f"axis {axis} of {name!r} is {text!r} in dynamic_axes, but the model needs it to be {symbols.dim(size)}: say so"
+            )
+    return symbols
 
 
 def _module_path(node: FxNode) -> str:

@@ -17,8 +17,9 @@ from torch.fx.proxy import TracerBase
 from torch.utils._sympy.functions import Max, Min
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
+from torch_to_nnef.graph.axes import axis_expression
 from torch_to_nnef.graph.places import Place, running_place
-from torch_to_nnef.graph.symbols import dim_text
+from torch_to_nnef.graph.tdim import dim_text
 from torch_to_nnef.log import LOGGER
 
 _RELATIONS = {sympy.Eq: "==", sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">"}
@@ -140,7 +141,7 @@ def limits(watch: Watch) -> tuple[Limit, ...]:
 
     Raises `T2NErrorDynamicShapeValue` for an assumption that an archive cannot state.
     """
-    named = {symbol: sympy.Symbol(axis.symbol, integer=True, positive=True) for symbol, axis in watch.named().items()}
+    named = {symbol: axis_expression(axis.symbol) for symbol, axis in watch.named().items()}
     found: dict[sympy.Basic, Limit] = {}
     for guard in watch.guards:
         symbols = guard.condition.free_symbols

@@ -16,6 +16,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorInvalidArgument,
     T2NErrorIoQuantity,
 )
+from torch_to_nnef.graph.axes import axis_expression, solved, symbol
 
 Args = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor
 DynamicAxes = Mapping[str, Mapping[int, str]]
@@ -51,7 +52,7 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Flat tensors with one name each; `axes[i]` maps an axis of input i to the name of its symbol."""
+    """Flat tensors with one name each; `axes[i]` maps an axis of input i to its size: a symbol, or an expression (`2*S`)."""
 
     names: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...]
@@ -63,23 +64,37 @@ class Inputs:
         args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
         return args, kwargs
 
+    def symbols(self) -> tuple[str, ...]:
+        """Names of all symbols, in order of appearance."""
+        sizes = (axis_expression(text) for axes in self.axes for text in axes.values())
+        return tuple(dict.fromkeys(name for size in sizes for name in sorted(map(str, size.free_symbols))))
+
     def sizes(self) -> dict[str, int]:
         """Size of every symbol in these samples."""
-        return {
-            name: tensor.shape[axis]
-            for tensor, axes in zip(self.tensors, self.axes, strict=True)
-            for axis, name in axes.items()
-        }
+        return traced_sizes(self.names, self.tensors, self.axes)
 
     def resized(self, sizes: Mapping[str, int]) -> Inputs:
         """Samples at other sizes: rows are repeated or cut, so that ids and masks stay legal."""
         return replace(
-            self,
-            tensors=tuple(
-                resize(t, {axis: sizes[s] for axis, s in axes.items()})
-                for t, axes in zip(self.tensors, self.axes, strict=True)
-            ),
+            self, tensors=tuple(resize(t, axis_sizes(a, sizes)) for t, a in zip(self.tensors, self.axes, strict=True))
         )
+
+
+def axis_sizes(axes: Mapping[int, str], sizes: Mapping[str, int]) -> dict[int, int]:
+    """Axis -> size where the symbols have these sizes."""
+    values = {symbol(name): size for name, size in sizes.items()}
+    return {axis: int(axis_expression(text).subs(values)) for axis, text in axes.items()}
+
+
+def traced_sizes(
+    names: Sequence[str], tensors: Sequence[torch.Tensor], axes: Sequence[Mapping[int, str]]
+) -> dict[str, int]:
+    """Size of every symbol in these samples; raises `T2NErrorDynamicShapeValue` if they disagree."""
+    return solved(
+        (text, tensor.shape[axis], repr(name))
+        for name, tensor, by_axis in zip(names, tensors, axes, strict=True)
+        for axis, text in by_axis.items()
+    )
 
 
 def resize(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
@@ -168,32 +183,21 @@ def _axes_by_input(
     result = []
     for name, leaf in zip(names, leaves, strict=True):
         axes: dict[int, str] = {}
-        for axis, symbol in dynamic_axes.get(name, {}).items():
+        for axis, text in dynamic_axes.get(name, {}).items():
             if not isinstance(axis, int) or not -leaf.dim() <= axis < leaf.dim():
                 raise T2NErrorDynamicShapeValue(
                     f"dynamic_axes[{name!r}] has axis {axis!r}, but {name!r} has rank {leaf.dim()}"
                 )
-            if (
-                not isinstance(symbol, str)
-                or not _IDENTIFIER.fullmatch(symbol)
-                or symbol in _RESERVED
-                or symbol in names
-            ):
-                raise T2NErrorDynamicShapeValue(f"dynamic_axes[{name!r}][{axis}] = {symbol!r} is not a free identifier")
-            axes[axis % leaf.dim()] = symbol
+            axes[axis % leaf.dim()] = _axis(text, f"dynamic_axes[{name!r}][{axis}]", names)
         result.append(axes)
-    _check_shared_symbols(names, leaves, result)
+    traced_sizes(names, leaves, result)
     return tuple(result)
 
 
-def _check_shared_symbols(
-    names: Sequence[str], leaves: Sequence[torch.Tensor], axes: Sequence[Mapping[int, str]]
-) -> None:
-    seen: dict[str, tuple[int, str]] = {}
-    for name, leaf, by_axis in zip(names, leaves, axes, strict=True):
-        for axis, symbol in by_axis.items():
-            size, first = seen.setdefault(symbol, (leaf.shape[axis], name))
-            if size != leaf.shape[axis]:
-                raise T2NErrorDynamicShapeValue(
-                    f"axis {symbol!r} has size {size} in {first!r} but {leaf.shape[axis]} in {name!r}; give them different names"
-                )
+def _axis(text: object, where: str, names: Sequence[str]) -> str:
+    if not isinstance(text, str):
+        raise T2NErrorDynamicShapeValue(f"{where} = {text!r} is not a name")
+    for used in map(str, axis_expression(text).free_symbols):
+        if not _IDENTIFIER.fullmatch(used) or used in _RESERVED or used in names:
+            raise T2NErrorDynamicShapeValue(f"{where} = {text!r}: {used!r} is not a free identifier")
+    return text

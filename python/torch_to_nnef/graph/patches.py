@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -19,6 +21,18 @@ def symbolic_max_pool1d() -> Iterator[None]:
     """torch.max_pool1d and torch.istft read their length as a number; these do not."""
     istfts = [mock.patch.object(holder, "istft", istft) for holder in (torch, torch.Tensor)]
     with mock.patch.object(torch, "max_pool1d", _max_pool1d), istfts[0], istfts[1]:
+        yield
+
+
+@contextmanager
+def symbolic_sqrt() -> Iterator[None]:
+    """math.sqrt reads a size as a number; torch's own root of a size does not."""
+    root = math.sqrt
+
+    def sqrt(value: Any) -> Any:
+        return (torch.sym_sqrt if isinstance(value, (torch.SymInt, torch.SymFloat)) else root)(value)
+
+    with mock.patch.object(math, "sqrt", sqrt):
         yield
 
 

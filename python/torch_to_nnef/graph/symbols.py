@@ -1,92 +1,62 @@
-"""Torch's shape symbols under the user's axis names, and their expressions as tract's TDim text."""
+"""Torch's shape symbols under the user's names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from fractions import Fraction
+from collections.abc import Iterable, Mapping
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, ToFloat, TruncToInt
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
+from torch_to_nnef.graph.axes import Condition, symbol
 from torch_to_nnef.graph.ir import Dim
-
-# The finest factor of a size that is kept: products with it are exact in f64.
-_DENOMINATOR = 64
+from torch_to_nnef.graph.tdim import exact
 
 
 class Symbols:
-    """Renames torch's symbols (`s27`) to axis names. Several torch symbols may share one name: the user said they are equal."""
+    """Renames torch's symbols (`s27`) to what the user calls them: names of axes, or expressions of such.
 
-    def __init__(self, names: Mapping[sympy.Symbol, str]) -> None:
-        self._rename = {symbol: sympy.Symbol(name, integer=True, positive=True) for symbol, name in names.items()}
+    `guards` are what torch assumed of sizes: those that equal a number are that number.
+    """
 
-    def unnamed(self, number: torch.SymInt | torch.SymFloat | torch.SymBool) -> list[sympy.Symbol]:
+    def __init__(self, names: Mapping[sympy.Symbol, sympy.Expr], guards: Iterable[sympy.Basic] = ()) -> None:
+        self._names, self._guards = names, tuple(guards)
+        equal = (guard for guard in self._guards if isinstance(guard, sympy.Eq) and guard.rhs.is_Integer)
+        self._known = {guard.lhs: guard.rhs for guard in equal if guard.lhs.args}
+
+    def assumed(self) -> list[Condition]:
+        """What torch assumed of sizes while it traced, in the user's names."""
+        parts = (part for guard in self._guards for part in (guard.args if isinstance(guard, sympy.And) else (guard,)))
+        own = {part.xreplace(self._names): None for part in parts if part.free_symbols <= self._names.keys()}
+        return [_condition(guard) for guard in own if guard not in (sympy.true, sympy.false)]
+
+    def unnamed(self, number: torch.SymInt | torch.SymFloat) -> list[sympy.Symbol]:
         """Symbols of `number` that no dynamic axis has: values torch knows only when the model runs."""
-        return [symbol for symbol in number.node.expr.free_symbols if symbol not in self._rename]
+        return self._unnamed(number.node.expr)
 
-    def dim(self, size: int | torch.SymInt) -> Dim:
-        """The dimension behind a size that torch reports."""
-        if isinstance(size, int):
+    def _unnamed(self, expr: sympy.Basic) -> list[sympy.Symbol]:
+        return [symbol for symbol in expr.free_symbols if symbol not in self._names]
+
+    def dim(self, size: int | torch.SymInt | torch.SymFloat) -> Dim:
+        """The dimension, or the float computed from dimensions, behind a number that torch reports."""
+        if isinstance(size, (int, float)):
             return size
-        expr = size.node.expr
-        if unnamed := self.unnamed(size):
+        expr = exact(size.node.expr, self._known)
+        if unnamed := self._unnamed(expr):
             raise T2NErrorDynamicShapeValue(
                 f"the size {expr} depends on the data ({', '.join(map(str, unnamed))}), not on a dynamic axis of an input: "
                 "tract cannot plan such a tensor; compute it with masks (torch.where) or name the axis in dynamic_axes"
             )
-        expr = expr.xreplace(self._rename).replace(TruncToInt, _whole)
+        expr = exact(expr.xreplace(self._names))
         return int(expr) if expr.is_Integer else expr
 
 
-def _whole(scaled: sympy.Expr) -> sympy.Expr:
-    """The integer part of `factor * float(size)`, in integers where the factor is one a float holds exactly (1.5, 0.25)."""
-    factor, size = scaled.as_coeff_Mul()
-    if isinstance(size, ToFloat) and factor > 0:
-        ratio = Fraction(float(factor))
-        if ratio.denominator <= _DENOMINATOR:
-            whole = size.args[0] * ratio.numerator
-            return whole if ratio.denominator == 1 else FloorDiv(whole, ratio.denominator)
-    return TruncToInt(scaled)
+def _condition(guard: sympy.Basic) -> Condition:
+    def holds(sizes: Mapping[str, int]) -> bool:
+        try:
+            return bool(guard.xreplace({symbol(n): sympy.Integer(s) for n, s in sizes.items()}) != sympy.false)
+        except ZeroDivisionError:
+            return False
 
-
-def _infix(operator: str) -> Callable[[list[str]], str]:
-    return lambda terms: f"({operator.join(terms)})"
-
-
-def _nested(function: str) -> Callable[[list[str]], str]:
-    def text(terms: list[str]) -> str:
-        head, *rest = terms
-        for term in rest:
-            head = f"{function}({head}, {term})"
-        return head
-
-    return text
-
-
-# sympy class name -> TDim text of its printed arguments; torch's own functions are in torch/utils/_sympy/functions.py.
-_TEXT: Mapping[str, Callable[[list[str]], str]] = {
-    "Add": _infix(" + "),
-    "Mul": _infix(" * "),
-    "FloorDiv": lambda terms: f"({terms[0]} / {terms[1]})",
-    "CleanDiv": lambda terms: f"({terms[0]} / {terms[1]})",
-    "Mod": lambda terms: f"({terms[0]} - ({terms[0]} / {terms[1]}) * {terms[1]})",
-    "PythonMod": lambda terms: f"({terms[0]} - ({terms[0]} / {terms[1]}) * {terms[1]})",
-    "Max": _nested("max"),
-    "Min": _nested("min"),
-}
-
-
-def dim_text(dim: Dim) -> str:
-    """`dim` as tract parses it in graph.nnef: `S`, `(P + S)`, `(4 * H)`, `(S / 2)`; division is floor."""
-    if isinstance(dim, int) or dim.is_Integer:
-        return str(int(dim))
-    if dim.is_Symbol:
-        return str(dim)
-    if dim.is_Pow and dim.exp.is_Integer and dim.exp > 0:
-        return _infix(" * ")([dim_text(dim.base)] * int(dim.exp))
-    printer = _TEXT.get(type(dim).__name__)
-    if printer is None:
-        raise T2NErrorDynamicShapeValue(f"tract has no form for the dimension {dim} ({type(dim).__name__})")
-    return printer([dim_text(arg) for arg in dim.args])
+    numbers = frozenset(map(int, guard.atoms(sympy.Integer)))
+    return Condition(str(guard), holds, numbers, merely_unequal=isinstance(guard, sympy.Ne))

@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torch_to_nnef.graph.ir import Graph, Node, Value
+from torch_to_nnef.graph.opaque import weight_use
 from torch_to_nnef.quantize.targets import Use
 
 aten = torch.ops.aten
@@ -27,7 +28,9 @@ _USES: Mapping[tuple[torch._ops.OpOverload, int], Use] = {
 _SAME = frozenset({aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default})
 
 
-def _use(node: Node, position: int) -> Use:
+def _use(node: Node, position: int, index: int) -> Use:
+    if node.target is torch.ops.t2n.module.default:
+        return weight_use(node, position, index)
     use = _USES.get((node.target, position), Use.OTHER)
     return Use.DEPTHWISE_CONV if use is Use.CONV and _is_depthwise(node) else use
 
@@ -48,9 +51,9 @@ def weight_uses(graph: Graph) -> dict[str, frozenset[Use]]:
             origin[node.outputs[0].name] = origin[node.args[0].name]
             continue
         for position, arg in enumerate((*node.args, *node.kwargs.values())):
-            for leaf in pytree.tree_leaves(arg):
+            for index, leaf in enumerate(pytree.tree_leaves(arg)):
                 if isinstance(leaf, Value) and leaf.name in origin:
-                    uses[origin[leaf.name]].add(_use(node, position))
+                    uses[origin[leaf.name]].add(_use(node, position, index))
     for value in graph.outputs:
         if value.name in origin:
             uses[origin[value.name]].add(Use.OTHER)

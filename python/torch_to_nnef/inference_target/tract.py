@@ -64,7 +64,9 @@ UNSERVED_OPTIONS = {
     "upsample_with_debox": "upsampling is never written as `debox`",
 }
 
-_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TERM = r"(?:\d+|[A-Za-z_][A-Za-z0-9_]*)"
+# A name, or a sum of multiples of names; which one is looked at when the model is known.
+_SYMBOL = re.compile(rf"{_TERM}(?: *[-+*] *{_TERM})*")
 
 
 def _linked_tract_version() -> str:
@@ -81,6 +83,7 @@ class TractNNEF(InferenceTarget):
     feature_flags: optional tract features the archive may use; this build knows none.
     check_io: run the archive and compare with torch.
     dynamic_axes: input name -> {axis: symbol}; negative axes count from the end, one symbol may be on several inputs.
+    An axis may also be a sum of multiples of symbols: `{1: "2*S"}`, `{1: "S+P"}`.
     specific_tract_binary_path: a tract command line program to check with instead of the linked tract.
     check_io_tolerance: a `TractCheckTolerance` or its name.
     specific_properties: name -> text, stored in the archive.
@@ -167,7 +170,7 @@ def _dynamic_axes(axes: Mapping[str, Mapping[int, str]] | None) -> dict[str, dic
                 raise T2NErrorInvalidArgument(f"dynamic_axes[{name!r}]: axis {axis!r} is not an integer")
             if not isinstance(symbol, str) or not _SYMBOL.fullmatch(symbol):
                 raise T2NErrorInvalidArgument(
-                    f"dynamic_axes[{name!r}][{axis}]: symbol {symbol!r} is not a name (letters, digits, '_')"
+                    f"dynamic_axes[{name!r}][{axis}]: symbol {symbol!r} is not a name (letters, digits, '_') or a sum: 2*S, S+P"
                 )
     return {name: dict(symbols) for name, symbols in (axes or {}).items()}
 

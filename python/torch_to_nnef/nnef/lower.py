@@ -52,7 +52,10 @@ def refuse_missing(graph: Graph) -> None:
         values = " on complex values" if is_complex(uses[0]) else ""
         lines.append(f"  {op}{values} ({len(uses)} use{'s' * (len(uses) > 1)}): {shown}{more}")
         lines += [f"    first at {uses[0].source}"] if uses[0].source else []
-    raise T2NErrorMissingOpEmitter(f"{len(nodes)} ATen operator(s) have no lowering to NNEF:\n" + "\n".join(lines))
+    lines.append(
+        f"write one with @torch_to_nnef.op.lowers(torch.ops.{next(iter(nodes))}), see docs/custom_operators.md"
+    )
+    raise T2NErrorMissingOpEmitter(f"{len(nodes)} operator(s) have no lowering to NNEF:\n" + "\n".join(lines))
 
 
 def lower(graph: Graph, name: str, output_names: Sequence[str], scheme: VariableNamingScheme) -> Lowered:
@@ -83,7 +86,10 @@ class _Lowering:
         rename = self._outputs()
         statements = tuple(_renamed(s, rename) for s in self.emitter.statements)
         identifiers = {n: rename.get(r.id, r.id) for n, r in self.env.items() if r is not None and r.fqn is None}
-        variables = sorted([*self.variables.values(), *self.emitter.variables.values()], key=lambda v: v.label)
+        # A module kept whole is given weights that its lowering may not read.
+        read = {leaf.id for s in statements for leaf in pytree.tree_leaves(list(s.args)) if isinstance(leaf, Ref)}
+        stored = [*self.variables.values(), *self.emitter.variables.values()]
+        variables = sorted((v for v in stored if v.id in read), key=lambda v: v.label)
         name = Names(VariableNamingScheme.RAW, ()).unique(name)
         document = Document(
             name,

@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from torch_to_nnef.exceptions import T2NErrorConsistency
-from torch_to_nnef.graph.symbols import dim_text
+from torch_to_nnef.graph.tdim import dim_text
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.op.dtypes import tract_dtype
 from torch_to_nnef.op.fragments import in_use

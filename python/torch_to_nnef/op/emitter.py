@@ -11,6 +11,7 @@ import torch
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Dim, Node, Shape, Value
 from torch_to_nnef.op.dtypes import tract_dtype
+from torch_to_nnef.op.sizes import size
 from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 
 Scalar = int | float | bool
@@ -78,8 +79,10 @@ class Emitter:
             self.variables[name] = Variable(name, name, tensor)
         return self._constants[key]
 
-    def full(self, value: Scalar, dtype: torch.dtype | None = None) -> Ref:
-        """A rank-0 constant of `dtype` (the output's by default); NNEF literals cannot say infinities, and have no dtype."""
+    def full(self, value: Scalar | Dim, dtype: torch.dtype | None = None) -> Ref:
+        """A rank-0 tensor of `dtype` (the output's by default); NNEF literals cannot say infinities, and have no dtype."""
+        if not isinstance(value, (int, float)):
+            return size(self, value, dtype or self.out.dtype)
         return self.constant(torch.tensor(value, dtype=dtype or self.out.dtype), "scalar")
 
     def arange(self, start: Dim, step: Dim, length: Dim, dtype: torch.dtype) -> Ref:

@@ -2,7 +2,7 @@
 
 from torch_to_nnef.verify.compare import Comparison, OutputComparison, compare
 from torch_to_nnef.verify.localize import Candidate, Divergence, first_divergence
-from torch_to_nnef.verify.resize import InputSet, resized_input_sets, within
+from torch_to_nnef.verify.resize import InputSet, resized_input_sets
 from torch_to_nnef.verify.run import compare_models, raise_on_mismatch, verify_archive
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "raise_on_mismatch",
     "resized_input_sets",
     "verify_archive",
-    "within",
 ]
