@@ -24,14 +24,22 @@ def largest(e: Emitter, x: Ref, k: Dim, axis: int, descending: bool) -> list[Ref
     shape = (*x.shape[:axis], k, *x.shape[axis + 1 :])
     numbers = e.cast(x, torch.uint8) if x.dtype is torch.bool else x
     results = [(shape, numbers.dtype), (shape, torch.int64)]
-    values, places = e.ops("tract_core_topk", numbers, results=results, k=k, axis=axis, largest=descending)
+    # A k that is a dimension has to be cast to be known when tract runs, and is then an unknown length to tract: the slice tells it.
+    count = k if isinstance(k, int) else as_ref(e, k, torch.int64)
+    found = e.ops("tract_core_topk", numbers, results=results, k=count, axis=axis, largest=descending)
+    values, places = found if isinstance(k, int) else (e.slice(part, axis, 0, k) for part in found)
     return [e.cast(values, x.dtype), places]
+
+
+def _without_ties(x: Ref, results: list[Ref]) -> list[Ref]:
+    """Which of equal elements torch picks is not said: of integers, where equal ones are the rule, no places are given."""
+    return results if x.dtype.is_floating_point else results[:1]
 
 
 @lowers(aten.topk.default)
 def topk(e: Emitter, x: Ref, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Ref]:
     """The k largest (or smallest) along one axis, in order, and their places."""
-    return _first(e, x, k, dim, largest)
+    return _without_ties(x, _first(e, x, k, dim, largest))
 
 
 @lowers(aten.sort.default)
@@ -79,7 +87,7 @@ def kthvalue(e: Emitter, x: Ref, k: Dim, dim: int = -1, keepdim: bool = False) -
         return _first(e, x, 1, 0, False)
     axis = dim % x.rank
     last = [e.slice(part, axis, k - 1, 1) for part in largest(e, x, k, axis, False)]
-    return last if keepdim else [e.squeeze(part, [axis]) for part in last]
+    return _without_ties(x, last if keepdim else [e.squeeze(part, [axis]) for part in last])
 
 
 def _flat(e: Emitter, x: Ref) -> Ref:
@@ -89,7 +97,14 @@ def _flat(e: Emitter, x: Ref) -> Ref:
 @lowers(aten.median.dim)
 def median(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
     """The middle of the sorted, the lower of two, and its place."""
-    return kthvalue(e, x, _middle(x.shape[dim]) if x.rank else 1, dim, keepdim)
+    if not x.rank:
+        return _first(e, x, 1, 0, False)
+    length = x.shape[dim]
+    if isinstance(length, int):
+        return kthvalue(e, x, (length + 1) // 2, dim, keepdim)
+    axis = dim % x.rank
+    units = tuple(1 if a == axis else d for a, d in enumerate(x.shape))
+    return _without_ties(x, _middle(e, x, e.broadcast_to(as_ref(e, length, torch.int64), units), axis, keepdim))
 
 
 @lowers(aten.median.default)
@@ -98,31 +113,32 @@ def median_of_all(e: Emitter, x: Ref) -> Ref:
     return median(e, _flat(e, x))[0]
 
 
-def _middle(length: Dim) -> Dim:
-    return (length + 1) // 2
-
-
 @lowers(aten.nanmedian.dim)
 def nanmedian(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
-    """The median of those that are numbers: the others are sorted last, and the middle is counted."""
+    """The median of those that are numbers: the others are sorted last, and not counted."""
     if not x.rank or not x.dtype.is_floating_point:
         return median(e, x, dim, keepdim)
     axis = dim % x.rank
     absent = e.op("ne", x, x, dtype=torch.bool)
-    last = e.op("select", absent, e.full(math.inf, x.dtype), x, dtype=x.dtype)
-    _, places = largest(e, last, x.shape[axis], axis, False)
     present = e.cast(e.op("not", absent), torch.int64)
-    count = reduced(e, "sum_reduce", present, axis, keepdim=True)
-    middle = e.op("max", e.binary("sub", count, 1, torch.int64), e.full(0, torch.int64))
-    place = _gather(e, places, e.op("tract_shr", middle, e.full(1, torch.int64)), axis)
-    results = [_gather(e, x, place, axis), place]
-    return results if keepdim else [e.squeeze(result, [axis]) for result in results]
+    last = e.op("select", absent, e.full(math.inf, x.dtype), x, dtype=x.dtype)
+    values, places = _middle(e, last, reduced(e, "sum_reduce", present, axis, keepdim=True), axis, keepdim)
+    none = e.op("not", reduced(e, "any_reduce", e.op("not", absent), axis, keepdim))
+    return [e.op("select", none, e.full(math.nan, x.dtype), values, dtype=x.dtype), places]
 
 
 @lowers(aten.nanmedian.default)
 def nanmedian_of_all(e: Emitter, x: Ref) -> Ref:
     """The median of all that are numbers."""
     return nanmedian(e, _flat(e, x))[0]
+
+
+def _middle(e: Emitter, x: Ref, count: Ref, axis: int, keepdim: bool) -> list[Ref]:
+    """Of the first `count` in order, the middle one."""
+    middle = e.op("max", e.binary("sub", count, 1, torch.int64), e.full(0, torch.int64))
+    at = e.op("tract_shr", middle, e.full(1, torch.int64))
+    results = [_gather(e, part, at, axis) for part in largest(e, x, x.shape[axis], axis, False)]
+    return results if keepdim else [e.squeeze(result, [axis]) for result in results]
 
 
 def _gather(e: Emitter, x: Ref, places: Ref, axis: int) -> Ref:
