@@ -121,6 +121,8 @@ def bitwise_not(e: Emitter, x: Ref) -> Ref:
 @lowers(aten.isnan.default)
 def isnan(e: Emitter, x: Ref) -> Ref:
     """Whether not a number: what differs from itself."""
+    if not x.dtype.is_floating_point:
+        return e.broadcast_to(e.full(False), x.shape)
     return e.op("ne", x, x, dtype=torch.bool)
 
 

@@ -102,11 +102,11 @@ def _logical(operator: str) -> Lowering:
     return lower
 
 
-def _over_all(lower: Lowering) -> Lowering:
-    def whole(e: Emitter, x: Ref) -> Ref | list[Ref]:
-        return lower(e, x)
+def _over_all(along: Lowering) -> Lowering:
+    def lower(e: Emitter, x: Ref) -> Ref | list[Ref]:
+        return along(e, x)
 
-    return whole
+    return lower
 
 
 def arg(e: Emitter, operator: str, x: Ref, dim: int | None, keepdim: bool) -> Ref:

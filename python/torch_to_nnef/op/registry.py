@@ -41,7 +41,6 @@ _FAMILIES = (
     "norm",
     "pad",
     "pool",
-    "random",
     "reduce",
     "refused",
     "resize",
@@ -116,12 +115,10 @@ class OpTable:
         def register(lower: F) -> F:
             reads = tuple(inspect.signature(lower).parameters)[1:]
             for op in ops:
-                if op in self._handlers:
-                    raise T2NErrorInvalidArgument(f"{op} has a handler already: {self._handlers[op].lower.__module__}")
                 unknown = set(reads) - {parameter(a.name) for a in op._schema.arguments}
                 if unknown:
                     raise T2NErrorInvalidArgument(f"the handler of {op} reads {sorted(unknown)}, not in {op._schema}")
-                self._handlers[op] = Handler(lower, reads)
+                self._add(op, Handler(lower, reads))
             return lower
 
         return register
@@ -129,11 +126,16 @@ class OpTable:
     def refuses(self, ops: Iterable[OpOverload], reason: str) -> None:
         """Refuse every call of `ops`, whatever its arguments, instead of reporting them as missing."""
 
-        def refuse(e: Emitter, **arguments: Any) -> Ref:
+        def lower(e: Emitter, **arguments: Any) -> Ref:
             raise e.refuse(reason)
 
         for op in ops:
-            self._handlers[op] = Handler(refuse, tuple(parameter(a.name) for a in op._schema.arguments))
+            self._add(op, Handler(lower, tuple(parameter(a.name) for a in op._schema.arguments)))
+
+    def _add(self, op: OpOverload, handler: Handler) -> None:
+        if op in self._handlers:
+            raise T2NErrorInvalidArgument(f"{op} has a handler already: {self._handlers[op].lower.__module__}")
+        self._handlers[op] = handler
 
     def __contains__(self, op: OpOverload) -> bool:
         return op in self._handlers
