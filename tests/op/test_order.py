@@ -60,3 +60,9 @@ def test_order_gives_the_same_in_tract(row, tmp_path):
 def test_random_numbers_are_refused_with_what_to_do(function, tmp_path):
     with pytest.raises(T2NErrorNotImplemented, match="pass them as an input"):
         check(Row("random", lambda t: function(t), (flags(3, 2).float(),)), tmp_path)
+
+
+@pytest.mark.parametrize("function", [torch.topk, torch.kthvalue], ids=["topk", "kthvalue"])
+def test_places_among_equal_integers_are_refused(function, tmp_path):
+    with pytest.raises(T2NErrorNotImplemented, match="which of equal elements torch picks"):
+        check(Row("ties", lambda t: function(t, 2), (ids(3, 5),)), tmp_path)

@@ -11,7 +11,7 @@ import torch
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.elementwise import compare, select
 from torch_to_nnef.op.emitter import Emitter, Scalar
-from torch_to_nnef.op.registry import Lowering, lowers
+from torch_to_nnef.op.registry import Lowering, Result, lowers
 from torch_to_nnef.op.statement import Ref
 
 aten = torch.ops.aten
@@ -103,7 +103,7 @@ def _logical(operator: str) -> Lowering:
 
 
 def _over_all(along: Lowering) -> Lowering:
-    def lower(e: Emitter, x: Ref) -> Ref | list[Ref]:
+    def lower(e: Emitter, x: Ref) -> Result:
         return along(e, x)
 
     return lower

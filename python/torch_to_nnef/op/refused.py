@@ -104,6 +104,6 @@ _RANDOM = (
 
 for _reason, _ops in _REASONS.items():
     OPS.refuses(_ops, _reason)
-OPS.refuses(
-    [getattr(packet, name) for packet in _RANDOM for name in packet.overloads() if not name.endswith("out")], _NUMBERS
-)
+for _packet in _RANDOM:
+    _names = _packet.overloads()  # type: ignore[no-untyped-call]
+    OPS.refuses([getattr(_packet, name) for name in _names if not name.endswith("out")], _NUMBERS)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Node
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.statement import Ref, Unavailable
 
 OpOverload = torch._ops.OpOverload
-Lowering = Callable[..., Ref | list[Ref]]
+Result: TypeAlias = Ref | Sequence[Ref | Unavailable]
+Lowering = Callable[..., Result]
 F = TypeVar("F", bound=Lowering)
 
 _FAMILIES = (
@@ -146,7 +147,7 @@ class OpTable:
     def __getitem__(self, op: OpOverload) -> Handler:
         return self._handlers[op]
 
-    def lower(self, emitter: Emitter, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ref | list[Ref]:
+    def lower(self, emitter: Emitter, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Result:
         """Run the handler of `node` on lowered arguments."""
         handler = self._handlers[node.target]
         given = _bind(node.target, args, kwargs)
