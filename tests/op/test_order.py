@@ -17,6 +17,7 @@ ROWS = [
     Row("reductions_rank0", lambda t: (t.mean(), t.sum(0), t.prod(0), t.amax(0), t.max(0), t.argmax(), t.any(), t.logsumexp(0), t.cumsum(0), t.sort()), (torch.tensor(2.5),)),
     Row("reductions_half", lambda t: (t.sum(1), t.mean(1), t.std(1), t.cumsum(1), t.logsumexp(1), t.norm(dim=1)), (x(3, 300).abs().half() * 20,), {"args_0": B}),
     Row("argmax_first", lambda t: (t.argmax(1), t.argmin(1), t.argmax(), t.argmin(keepdim=True), t.max(1), t.min(0)), (TIED,), {"args_0": B}),
+    Row("argmax_nan", lambda t: (t.argmax(1), t.argmin(1), t.argmax()), (GAPS,), {"args_0": B}),
     unary(lambda t: (torch.var_mean(t, 1), torch.std_mean(t, 0, keepdim=True), t.var(correction=0), t.std(1, correction=2)), "moments"),
     Row("var_dynamic_axis", lambda t: (t.var(1), t.std((0, 1)), t.var(1, correction=2)), (x(3, 7),), {"args_0": BS}),
     *[Row(f"norm_{order}", lambda t, order=order: torch.linalg.vector_norm(t, order, 1), (x(3, 5) + 0.1,), {"args_0": B}) for order in (0, 0.5, 1, 2, 3, -1, math.inf, -math.inf)],

@@ -5,6 +5,23 @@ from __future__ import annotations
 from torch_to_nnef.op.statement import Fragment
 
 MATH: dict[str, Fragment] = {
+    # The first nan is torch's extreme; tract passes over it.
+    "t2n_argmax": (
+        "(x: tensor<scalar>, axes: integer[]) -> (y: tensor<scalar>)",
+        [
+            "absent = ne(x, x);",
+            'first = argmax_reduce(tract_core_cast(absent, to = "u8"), axes = axes);',
+            "y = select(any_reduce(absent, axes = axes), first, argmax_reduce(x, axes = axes));",
+        ],
+    ),
+    "t2n_argmin": (
+        "(x: tensor<scalar>, axes: integer[]) -> (y: tensor<scalar>)",
+        [
+            "absent = ne(x, x);",
+            'first = argmax_reduce(tract_core_cast(absent, to = "u8"), axes = axes);',
+            "y = select(any_reduce(absent, axes = axes), first, argmin_reduce(x, axes = axes));",
+        ],
+    ),
     "t2n_atan2": (
         "(y: tensor<scalar>, x: tensor<scalar>) -> (angle: tensor<scalar>)",
         [

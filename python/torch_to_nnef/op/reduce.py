@@ -32,7 +32,7 @@ _LOGICAL = {
     "any_reduce": ([aten.any.dim, aten.any.dims], aten.any.default),
     "all_reduce": ([aten.all.dim, aten.all.dims], aten.all.default),
 }
-_ARG = {"argmax_reduce": aten.argmax.default, "argmin_reduce": aten.argmin.default}
+_ARG = {"argmax": aten.argmax.default, "argmin": aten.argmin.default}
 _OF_BOOLEANS = {"max_reduce": "any_reduce", "min_reduce": "all_reduce"}
 
 
@@ -111,6 +111,7 @@ def _over_all(along: Lowering) -> Lowering:
 
 def arg(e: Emitter, operator: str, x: Ref, dim: int | None, keepdim: bool) -> Ref:
     """Index of the first extreme, along one axis or of the flattened tensor."""
+    operator = f"t2n_{operator}" if x.dtype.is_floating_point else f"{operator}_reduce"
     if not x.rank:
         return e.full(0, torch.int64)
     if dim is not None:
@@ -143,8 +144,8 @@ def _with_index(operator: str, arg_operator: str) -> Lowering:
     return lower
 
 
-lowers(aten.max.dim)(_with_index("max_reduce", "argmax_reduce"))
-lowers(aten.min.dim)(_with_index("min_reduce", "argmin_reduce"))
+lowers(aten.max.dim)(_with_index("max_reduce", "argmax"))
+lowers(aten.min.dim)(_with_index("min_reduce", "argmin"))
 
 
 @lowers(aten.aminmax.default)

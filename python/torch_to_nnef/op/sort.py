@@ -180,7 +180,7 @@ def mode(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
     numbers = e.cast(values, torch.uint8) if x.dtype is torch.bool else values
     same = e.op("eq", e.unsqueeze(numbers, [axis]), e.unsqueeze(numbers, [axis + 1]), dtype=torch.bool)
     counts = reduced(e, "sum_reduce", e.cast(same, torch.int64), axis, keepdim=False)
-    first = arg(e, "argmax_reduce", counts, axis, keepdim=True)
+    first = arg(e, "argmax", counts, axis, keepdim=True)
     # Equal ones are neighbours in their order, so the last is as many places further as there are.
     more = e.binary("sub", reduced(e, "max_reduce", counts, axis, keepdim=True), 1, torch.int64)
     at = e.op("add", first, more)
