@@ -18,6 +18,8 @@ ROWS = [
     Row("reductions_half", lambda t: (t.sum(1), t.mean(1), t.std(1), t.cumsum(1), t.logsumexp(1), t.norm(dim=1)), (x(3, 300).abs().half() * 20,), {"args_0": B}),
     Row("argmax_first", lambda t: (t.argmax(1), t.argmin(1), t.argmax(), t.argmin(keepdim=True), t.max(1), t.min(0)), (TIED,), {"args_0": B}),
     Row("argmax_nan", lambda t: (t.argmax(1), t.argmin(1), t.argmax()), (GAPS,), {"args_0": B}),
+    Row("extremes_nan", lambda t: (t.amax(1), t.amin(1), t.max(), t.min(0), t.aminmax(dim=1), torch.linalg.vector_norm(t, math.inf, 1)), (GAPS,), {"args_0": B}),
+    Row("extremes_inf", lambda t: (t.amax(1), t.amin(1), (t + 1e38).amax(1)), (torch.tensor([[-math.inf] * 2, [math.inf] * 2, [-3.4028235e38, -math.inf]]),), {"args_0": B}),
     unary(lambda t: (torch.var_mean(t, 1), torch.std_mean(t, 0, keepdim=True), t.var(correction=0), t.std(1, correction=2)), "moments"),
     Row("var_dynamic_axis", lambda t: (t.var(1), t.std((0, 1)), t.var(1, correction=2)), (x(3, 7),), {"args_0": BS}),
     *[Row(f"norm_{order}", lambda t, order=order: torch.linalg.vector_norm(t, order, 1), (x(3, 5) + 0.1,), {"args_0": B}) for order in (0, 0.5, 1, 2, 3, -1, math.inf, -math.inf)],

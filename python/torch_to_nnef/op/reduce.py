@@ -78,7 +78,9 @@ def truth(e: Emitter, x: Ref) -> Ref:
 
 def extreme(e: Emitter, operator: str, x: Ref, dim: Dims, keepdim: bool) -> Ref:
     """The largest or smallest."""
-    return reduced(e, _OF_BOOLEANS[operator] if x.dtype is torch.bool else operator, x, dim, keepdim)
+    if x.dtype is torch.bool:
+        return reduced(e, _OF_BOOLEANS[operator], x, dim, keepdim)
+    return reduced(e, f"t2n_{operator}" if x.dtype.is_floating_point else operator, x, dim, keepdim)
 
 
 def _total(operator: str) -> Lowering:
@@ -251,7 +253,7 @@ def dist(e: Emitter, x: Ref, other: Ref, p: Scalar = 2) -> Ref:
 def _norm(e: Emitter, x: Ref, order: Scalar, dim: Dims, keepdim: bool) -> Ref:
     magnitude = e.op("abs", x)
     if math.isinf(order):
-        return reduced(e, "max_reduce" if order > 0 else "min_reduce", magnitude, dim, keepdim)
+        return extreme(e, "max_reduce" if order > 0 else "min_reduce", magnitude, dim, keepdim)
     if order == 0:
         return reduced(e, "sum_reduce", e.cast(compare(e, "ne", x, 0), x.dtype), dim, keepdim)
     if order == 1:
