@@ -89,7 +89,7 @@ ROWS = [
     edges(lambda t: (SPECIAL.entr(t), SPECIAL.xlog1py(t, t.abs())), "entr"),
     # activations
     unary(lambda t: (F.threshold(t, 0.1, 20.0), F.hardshrink(t), F.softshrink(t), F.tanhshrink(t), F.rrelu(t)), "shrinks"),
-    Row("prelu_rank0", lambda a, w: F.prelu(a, w), (torch.tensor(-2.0), torch.tensor([0.25]))),
+    *[Row(f"prelu_one_{n}", lambda a, w: F.prelu(a, w), (a, w)) for n, (a, w) in enumerate([(torch.tensor(-2.0), torch.tensor([0.25])), (x(2, 3, 4), torch.tensor([0.25])), (x(2, 3, 4), torch.tensor(0.25))])],
     # losses
     *[two(lambda a, b, r=r: F.hinge_embedding_loss(a, b, 0.7, reduction=r), x(3, 4), flags(3, 4) * 2 - 1, f"hinge_embedding_loss_{r}") for r in ("mean", "none")],
     Row("cosine_embedding_loss", lambda a, b, t: F.cosine_embedding_loss(a, b, t, 0.1, reduction="none"), (x(3, 4), x(3, 4, seed=1), flags(3) * 2 - 1), {**BOTH, "args_2": B}),
