@@ -6,7 +6,9 @@ from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.export import export_model_to_nnef
+from torch_to_nnef.graph.ir import Node
 from torch_to_nnef.inference_target import TractNNEF
+from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import OpTable, table
 
 aten = torch.ops.aten
@@ -40,22 +42,25 @@ class Call(nn.Module):
         return self.function(x)
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda x: x.to(torch.int64) // 2, "rounded division of integers"),
-        (lambda x: nn.functional.max_pool2d(x[None], 2, ceil_mode=True), "ceil_mode"),
-        (lambda x: nn.functional.avg_pool2d(x[None], 2, divisor_override=3), "divisor_override"),
-        (lambda x: nn.functional.adaptive_avg_pool2d(x, (3, 3)), "adaptive pooling"),
-        (lambda x: nn.functional.pad(x, (1, 1), mode="circular"), "circular"),
-        (lambda x: nn.functional.batch_norm(x, None, None, training=True), "statistics of the batch"),
-        (lambda x: torch.einsum("...i->...", x), "ellipsis"),
-    ],
-)
-def test_what_a_handler_does_not_read_is_refused_never_ignored(function, message, tmp_path):
-    with pytest.raises(T2NErrorNotImplemented, match=message):
-        export_model_to_nnef(Call(function), torch.randn(2, 4, 8), tmp_path / "m.nnef", TractNNEF.latest())
-    assert not any(tmp_path.iterdir())
+def test_what_a_handler_does_not_read_is_refused_never_ignored():
+    ops = OpTable()
+    ops.lowers(aten.gelu.default)(lambda e, x: x)
+    node = Node("gelu", aten.gelu.default, (), {}, (), "model.act", "")
+    assert ops.lower(None, node, ("x",), {"approximate": "none"}) == "x"
+    with pytest.raises(T2NErrorNotImplemented, match=r"approximate='tanh' at model\.act"):
+        ops.lower(None, node, ("x",), {"approximate": "tanh"})
+
+
+def test_a_refused_operator_is_refused_with_all_arguments():
+    ops = OpTable()
+    ops.refuses([aten.gelu.default], "too smooth")
+    with pytest.raises(T2NErrorInvalidArgument, match="has a handler"):
+        ops.refuses([aten.gelu.default], "twice")
+    node = Node("gelu", aten.gelu.default, (), {}, (), "model.act", "")
+    emitter = Emitter(None, {}, None)
+    emitter.node = node
+    with pytest.raises(T2NErrorNotImplemented, match="too smooth"):
+        ops.lower(emitter, node, ("x",), {"approximate": "tanh"})
 
 
 def test_a_size_that_depends_on_the_data_is_refused(tmp_path):

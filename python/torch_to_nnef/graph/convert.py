@@ -98,7 +98,8 @@ class _Converter:
 
     def _node(self, node: FxNode, target: torch._ops.OpOverload, val: Any) -> Node:
         many = isinstance(val, (list, tuple))
-        names = [f"{node.name}_{i}" for i in range(len(val))] if many else [node.name]
+        # A dot, since torch may well name another node `sort_1`.
+        names = [f"{node.name}.{i}" for i in range(len(val))] if many else [node.name]
         named = [(n, v) for n, v in zip(names, val if many else [val], strict=True) if v is not None]
         outputs = tuple(self._located(node, self._value, n, v) for n, v in named)
         self.env[node] = list(outputs) if many else outputs[0]

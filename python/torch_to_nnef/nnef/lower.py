@@ -17,7 +17,7 @@ from torch_to_nnef.nnef.names import Names, VariableNamingScheme
 from torch_to_nnef.op.complex_layout import is_complex, real_layout, table_of
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import table
-from torch_to_nnef.op.statement import Ref, Statement, Variable
+from torch_to_nnef.op.statement import Ref, Statement, Unavailable, Variable
 from torch_to_nnef.tensor.quant import QTensor
 
 
@@ -72,7 +72,7 @@ class _Lowering:
         self.variables: dict[int, Variable] = {}
         # Shared weights go by the first of their names, whichever torch picked.
         self.first_fqn = {id(tensor): fqn for fqn, tensor in reversed(list(graph.tensors.items()))}
-        self.env: dict[str, Ref | None] = {}
+        self.env: dict[str, Ref | Unavailable] = {}
         producers = {value.name: node for node in graph.nodes for value in node.outputs}
         self.emitter = Emitter(self.names.fresh, producers, lambda fqn: isinstance(graph.tensors[fqn], QTensor))
 
@@ -85,7 +85,7 @@ class _Lowering:
             self._node(node)
         rename = self._outputs()
         statements = tuple(_renamed(s, rename) for s in self.emitter.statements)
-        identifiers = {n: rename.get(r.id, r.id) for n, r in self.env.items() if r is not None and r.fqn is None}
+        identifiers = {n: rename.get(r.id, r.id) for n, r in self.env.items() if isinstance(r, Ref) and r.fqn is None}
         # A module kept whole is given weights that its lowering may not read.
         read = {leaf.id for s in statements for leaf in pytree.tree_leaves(list(s.args)) if isinstance(leaf, Ref)}
         stored = [*self.variables.values(), *self.emitter.variables.values()]
@@ -108,19 +108,18 @@ class _Lowering:
             lambda a: self._ref(a) if isinstance(a, Value) else a, (node.args, dict(node.kwargs))
         )
         result = table_of(node).lower(self.emitter, node, args, kwargs)
-        results = result if isinstance(result, list) else [result]
+        results = [result] if isinstance(result, Ref) else result
         for index, value in enumerate(node.outputs):
             # A handler may give fewer results than torch has; what is then used fails in `_ref`.
-            self.env[value.name] = results[index] if index < len(results) else None
+            rest = Unavailable(f"result {index} of {node.target} has no lowering")
+            self.env[value.name] = results[index] if index < len(results) else rest
 
     def _ref(self, value: Value) -> Ref:
         if value.name not in self.env:
             self.env[value.name] = self._weight(value)
         ref = self.env[value.name]
-        if ref is None:
-            raise self.emitter.refuse(
-                f"its argument {value.name} is a result that has no lowering (indices of max pooling?)"
-            )
+        if isinstance(ref, Unavailable):
+            raise self.emitter.refuse(ref.reason)
         return ref
 
     def _weight(self, value: Value) -> Ref:

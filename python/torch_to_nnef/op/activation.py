@@ -103,9 +103,10 @@ def rrelu(e: Emitter, x: Ref, lower: float = 1 / 8, upper: float = 1 / 3, traini
 @lowers(aten.prelu.default)
 def prelu(e: Emitter, x: Ref, weight: Ref) -> Ref:
     """x, or weight * x below zero, one weight a channel (axis 1)."""
-    one_a_channel = weight.shape != (1,) and x.rank > 1
-    weight = e.unsqueeze(weight, [0, *range(2, x.rank)]) if one_a_channel else e.lift(weight, x.rank)
-    weight = weight if x.rank else e.squeeze(weight, range(weight.rank))
+    if weight.shape == (1,):
+        weight = e.squeeze(weight, [0])
+    elif weight.rank and x.rank > 1:
+        weight = e.unsqueeze(weight, [0, *range(2, x.rank)])
     return e.op("t2n_prelu", x, weight)
 
 

@@ -47,8 +47,6 @@ _ROUNDING = {
     "t2n_trunc": aten.trunc.default,
     "tract_core_round_even": aten.round.default,
 }
-# On booleans these are the input.
-_SIGNED = {"abs": [aten.abs.default], "sign": [aten.sign.default, aten.sgn.default]}
 # NNEF operator, and what it is on booleans -> ATen ops.
 _ARITHMETIC = {
     ("mul", "and"): [aten.mul.Tensor, aten.mul.Scalar],
@@ -80,13 +78,6 @@ def _rounding(operator: str) -> Lowering:
     return lower
 
 
-def _signed(operator: str) -> Lowering:
-    def lower(e: Emitter, x: Ref) -> Ref:
-        return x if x.dtype is torch.bool else e.op(operator, x)
-
-    return lower
-
-
 def _arithmetic(operator: str, logical: str) -> Lowering:
     def lower(e: Emitter, x: Operand, other: Operand) -> Ref:
         if e.out.dtype is torch.bool:
@@ -113,13 +104,26 @@ for _operator, _op in _UNARY.items():
     lowers(_op)(_unary(_operator))
 for _operator, _op in _ROUNDING.items():
     lowers(_op)(_rounding(_operator))
-for _operator, _ops in _SIGNED.items():
-    lowers(*_ops)(_signed(_operator))
 for (_operator, _logical), _ops in _ARITHMETIC.items():
     lowers(*_ops)(_arithmetic(_operator, _logical))
 for _table, _dtype in ((_BINARY, torch.float32), (_WIDE_BINARY, torch.float64)):
     for _operator, _ops in _table.items():
         lowers(*_ops)(_binary(_operator, _dtype))
+
+
+@lowers(aten.abs.default)
+def absolute(e: Emitter, x: Ref) -> Ref:
+    """|x|; booleans have no sign."""
+    return x if x.dtype is torch.bool else e.op("abs", x)
+
+
+@lowers(aten.sign.default, aten.sgn.default)
+def sign(e: Emitter, x: Ref) -> Ref:
+    """-1, 0 or 1; of nan, 0 to torch."""
+    if x.dtype is torch.bool:
+        return x
+    result = e.op("sign", x)
+    return select(e, e.op("ne", x, x, dtype=torch.bool), 0, result) if x.dtype.is_floating_point else result
 
 
 def _scaled(e: Emitter, side: Operand, alpha: Scalar) -> Operand:
@@ -213,9 +217,10 @@ def _number(e: Emitter, operator: str, logical: str, x: Ref, other: Ref) -> Ref:
 def clamp(e: Emitter, x: Ref, min: Operand | None = None, max: Operand | None = None) -> Ref:
     """Bound below, above or both, by numbers or by tensors that broadcast."""
     result = e.cast(x, e.out.dtype)
+    above, below = ("or", "and") if result.dtype is torch.bool else ("max", "min")
     if min is not None:
-        result = e.binary("max", result, min, e.out.dtype)
-    return result if max is None else e.binary("min", result, max, e.out.dtype)
+        result = e.binary(above, result, min, e.out.dtype)
+    return result if max is None else e.binary(below, result, max, e.out.dtype)
 
 
 @lowers(aten.clamp_min.default, aten.clamp_min.Tensor)

@@ -5,6 +5,23 @@ from __future__ import annotations
 from torch_to_nnef.op.statement import Fragment
 
 MATH: dict[str, Fragment] = {
+    # The first nan is torch's extreme; tract passes over it.
+    "t2n_argmax": (
+        "(x: tensor<scalar>, axes: integer[]) -> (y: tensor<scalar>)",
+        [
+            "absent = ne(x, x);",
+            'first = argmax_reduce(tract_core_cast(absent, to = "u8"), axes = axes);',
+            "y = select(any_reduce(absent, axes = axes), first, argmax_reduce(x, axes = axes));",
+        ],
+    ),
+    "t2n_argmin": (
+        "(x: tensor<scalar>, axes: integer[]) -> (y: tensor<scalar>)",
+        [
+            "absent = ne(x, x);",
+            'first = argmax_reduce(tract_core_cast(absent, to = "u8"), axes = axes);',
+            "y = select(any_reduce(absent, axes = axes), first, argmin_reduce(x, axes = axes));",
+        ],
+    ),
     "t2n_atan2": (
         "(y: tensor<scalar>, x: tensor<scalar>) -> (angle: tensor<scalar>)",
         [
@@ -67,10 +84,27 @@ MATH: dict[str, Fragment] = {
         "(x: tensor<scalar>, y: tensor<scalar>) -> (z: tensor<scalar>)",
         ["z = select(eq(x, y), x + 1.0, max(x, y) + t2n_log1p(exp(neg(abs(x - y)) * 0.69314718)) * 1.4426950);"],
     ),
+    # tract passes over nan, and starts from the least finite number: what is not found is nan or minus infinity, and so is the sum.
+    "t2n_max_reduce": (
+        "(x: tensor<scalar>, axes: integer[]) -> (y: tensor<scalar>)",
+        [
+            "largest = max_reduce(x, axes = axes);",
+            "found = and(any_reduce(eq(x, largest), axes = axes), all_reduce(eq(x, x), axes = axes));",
+            "y = select(found, largest, sum_reduce(x, axes = axes));",
+        ],
+    ),
     # Where one is nan so is the sum; tract's max would give the other.
     "t2n_maximum": (
         "(x: tensor<scalar>, y: tensor<scalar>) -> (z: tensor<scalar>)",
         ["z = select(x > y, x, select(y >= x, y, x + y));"],
+    ),
+    "t2n_min_reduce": (
+        "(x: tensor<scalar>, axes: integer[]) -> (y: tensor<scalar>)",
+        [
+            "least = min_reduce(x, axes = axes);",
+            "found = and(any_reduce(eq(x, least), axes = axes), all_reduce(eq(x, x), axes = axes));",
+            "y = select(found, least, sum_reduce(x, axes = axes));",
+        ],
     ),
     "t2n_minimum": (
         "(x: tensor<scalar>, y: tensor<scalar>) -> (z: tensor<scalar>)",

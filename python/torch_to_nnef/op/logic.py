@@ -37,16 +37,17 @@ _SHIFTS = {
     "tract_shl": [aten.bitwise_left_shift, aten.__lshift__],
     "tract_shr": [aten.bitwise_right_shift, aten.__rshift__],
 }
+# ATen op -> whether it detects infinity, and minus infinity.
 _INFINITE = {
-    aten.isinf.default: {},
-    aten.isposinf.default: {"detect_negative": False},
-    aten.isneginf.default: {"detect_positive": False},
+    aten.isinf.default: (True, True),
+    aten.isposinf.default: (True, False),
+    aten.isneginf.default: (False, True),
 }
 
 
 def _overloads(packets: list[torch._ops.OpOverloadPacket]) -> list[torch._ops.OpOverload]:
     names = ("Tensor", "Scalar", "Scalar_Tensor", "Tensor_Scalar")
-    return [getattr(packet, name) for packet in packets for name in names if name in packet.overloads()]
+    return [getattr(packet, name) for packet in packets for name in names if hasattr(packet, name)]
 
 
 def _comparison(operator: str) -> Lowering:
@@ -85,11 +86,11 @@ def _shift(operator: str) -> Lowering:
     return lower
 
 
-def _infinite(**detect: bool) -> Lowering:
+def _infinite(positive: bool, negative: bool) -> Lowering:
     def lower(e: Emitter, x: Ref) -> Ref:
         if not x.dtype.is_floating_point:
             return e.broadcast_to(e.full(False), x.shape)
-        return e.op("tract_core_is_inf", x, dtype=torch.bool, **detect)
+        return e.op("tract_core_is_inf", x, dtype=torch.bool, detect_positive=positive, detect_negative=negative)
 
     return lower
 
@@ -103,7 +104,7 @@ for (_logical, _bits), _packets in _BITWISE.items():
 for _operator, _packets in _SHIFTS.items():
     lowers(*_overloads(_packets))(_shift(_operator))
 for _op, _detect in _INFINITE.items():
-    lowers(_op)(_infinite(**_detect))
+    lowers(_op)(_infinite(*_detect))
 
 
 @lowers(aten.logical_not.default)
@@ -121,6 +122,8 @@ def bitwise_not(e: Emitter, x: Ref) -> Ref:
 @lowers(aten.isnan.default)
 def isnan(e: Emitter, x: Ref) -> Ref:
     """Whether not a number: what differs from itself."""
+    if not x.dtype.is_floating_point:
+        return e.broadcast_to(e.full(False), x.shape)
     return e.op("ne", x, x, dtype=torch.bool)
 
 
@@ -148,8 +151,8 @@ def isclose(e: Emitter, x: Ref, other: Ref, rtol: float = 1e-5, atol: float = 1e
     """Whether equal, or finite and |x - other| <= atol + rtol * |other|."""
     close = compare(e, "eq", x, other)
     if equal_nan:
-        both = [e.op("ne", side, side, dtype=torch.bool) for side in (x, other)]
-        close = e.binary("or", close, e.binary("and", *both, torch.bool), torch.bool)
+        nans = [e.op("ne", side, side, dtype=torch.bool) for side in (x, other)]
+        close = e.binary("or", close, e.binary("and", nans[0], nans[1], torch.bool), torch.bool)
     if not (rtol or atol):
         return close
     dtype = x.dtype if x.dtype.is_floating_point else torch.float32

@@ -43,8 +43,8 @@ def cosine_embedding_loss(
     a, b = (e.cast(side, wide) for side in (input1, input2))
     along = partial(reduced, e, "sum_reduce", dim=target.rank, keepdim=False)
     dot = along(e.binary("mul", a, b, wide))
-    lengths = [e.binary("add", along(e.op("square", side)), _LENGTH_FLOOR, wide) for side in (a, b)]
-    cosine = e.cast(e.binary("mul", dot, e.op("rsqrt", e.binary("mul", *lengths, wide)), wide), dtype)
+    squares = [e.binary("add", along(e.op("square", side)), _LENGTH_FLOOR, wide) for side in (a, b)]
+    cosine = e.cast(e.op("mul", dot, e.op("rsqrt", e.op("mul", squares[0], squares[1]))), dtype)
     above = e.op("max", arithmetic("sub", cosine, margin), e.scalar(0, dtype))
     near = select(e, compare(e, "eq", target, 1), arithmetic("sub", 1, cosine), 0)
     far = select(e, compare(e, "eq", target, -1), above, 0)

@@ -11,7 +11,7 @@ import torch
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.elementwise import compare, select
 from torch_to_nnef.op.emitter import Emitter, Scalar
-from torch_to_nnef.op.registry import Lowering, lowers
+from torch_to_nnef.op.registry import Lowering, Result, lowers
 from torch_to_nnef.op.statement import Ref
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ _LOGICAL = {
     "any_reduce": ([aten.any.dim, aten.any.dims], aten.any.default),
     "all_reduce": ([aten.all.dim, aten.all.dims], aten.all.default),
 }
-_ARG = {"argmax_reduce": aten.argmax.default, "argmin_reduce": aten.argmin.default}
+_ARG = {"argmax": aten.argmax.default, "argmin": aten.argmin.default}
 _OF_BOOLEANS = {"max_reduce": "any_reduce", "min_reduce": "all_reduce"}
 
 
@@ -78,7 +78,9 @@ def truth(e: Emitter, x: Ref) -> Ref:
 
 def extreme(e: Emitter, operator: str, x: Ref, dim: Dims, keepdim: bool) -> Ref:
     """The largest or smallest."""
-    return reduced(e, _OF_BOOLEANS[operator] if x.dtype is torch.bool else operator, x, dim, keepdim)
+    if x.dtype is torch.bool:
+        return reduced(e, _OF_BOOLEANS[operator], x, dim, keepdim)
+    return reduced(e, f"t2n_{operator}" if x.dtype.is_floating_point else operator, x, dim, keepdim)
 
 
 def _total(operator: str) -> Lowering:
@@ -102,15 +104,16 @@ def _logical(operator: str) -> Lowering:
     return lower
 
 
-def _over_all(lower: Lowering) -> Lowering:
-    def whole(e: Emitter, x: Ref) -> Ref | list[Ref]:
-        return lower(e, x)
+def _over_all(along: Lowering) -> Lowering:
+    def lower(e: Emitter, x: Ref) -> Result:
+        return along(e, x)
 
-    return whole
+    return lower
 
 
 def arg(e: Emitter, operator: str, x: Ref, dim: int | None, keepdim: bool) -> Ref:
     """Index of the first extreme, along one axis or of the flattened tensor."""
+    operator = f"t2n_{operator}" if x.dtype.is_floating_point else f"{operator}_reduce"
     if not x.rank:
         return e.full(0, torch.int64)
     if dim is not None:
@@ -143,8 +146,8 @@ def _with_index(operator: str, arg_operator: str) -> Lowering:
     return lower
 
 
-lowers(aten.max.dim)(_with_index("max_reduce", "argmax_reduce"))
-lowers(aten.min.dim)(_with_index("min_reduce", "argmin_reduce"))
+lowers(aten.max.dim)(_with_index("max_reduce", "argmax"))
+lowers(aten.min.dim)(_with_index("min_reduce", "argmin"))
 
 
 @lowers(aten.aminmax.default)
@@ -250,7 +253,7 @@ def dist(e: Emitter, x: Ref, other: Ref, p: Scalar = 2) -> Ref:
 def _norm(e: Emitter, x: Ref, order: Scalar, dim: Dims, keepdim: bool) -> Ref:
     magnitude = e.op("abs", x)
     if math.isinf(order):
-        return reduced(e, "max_reduce" if order > 0 else "min_reduce", magnitude, dim, keepdim)
+        return extreme(e, "max_reduce" if order > 0 else "min_reduce", magnitude, dim, keepdim)
     if order == 0:
         return reduced(e, "sum_reduce", e.cast(compare(e, "ne", x, 0), x.dtype), dim, keepdim)
     if order == 1:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from inspect import Parameter, Signature
-from typing import Any
-
 import torch
 
-from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.registry import OPS, Lowering, parameter
+from torch_to_nnef.op.registry import OPS
 
 aten = torch.ops.aten
 
 _FACTORIZATION = "tract factorizes no matrices; compute it before the export, or outside of the archive"
 _SERIES = "tract has no matrix functions; compute it before the export, or outside of the archive"
-_RANDOM = "its windows are random, and an archive gives the same output every time; use adaptive_max_pool"
+_WINDOWS = "its windows are random, and an archive gives the same output every time; use adaptive_max_pool"
+_ITERATION = "its value takes as many steps as the numbers say, which tract cannot run; compute it before the export"
+_BITS = "it reads the bits of floats, which tract has no operator for"
+_NUMBERS = "random numbers: tract has none, and numbers drawn at export would be the same in every run; pass them as an input of the model"
 
 _REASONS = {
     _FACTORIZATION: (
@@ -55,20 +54,56 @@ _REASONS = {
         aten.triangular_solve.default,
     ),
     _SERIES: (aten.linalg_matrix_exp.default,),
-    _RANDOM: (aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default),
+    _WINDOWS: (aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default),
+    _ITERATION: (
+        aten.igamma.default,
+        aten.igammac.default,
+        aten.special_airy_ai.default,
+        aten.special_zeta.default,
+        aten.special_chebyshev_polynomial_t.default,
+        aten.special_chebyshev_polynomial_u.default,
+        aten.special_chebyshev_polynomial_v.default,
+        aten.special_chebyshev_polynomial_w.default,
+        aten.special_hermite_polynomial_h.default,
+        aten.special_hermite_polynomial_he.default,
+        aten.special_laguerre_polynomial_l.default,
+        aten.special_legendre_polynomial_p.default,
+        aten.special_shifted_chebyshev_polynomial_t.default,
+        aten.special_shifted_chebyshev_polynomial_u.default,
+        aten.special_shifted_chebyshev_polynomial_v.default,
+        aten.special_shifted_chebyshev_polynomial_w.default,
+    ),
+    _BITS: (aten.nextafter.default, aten.hash_tensor.default),
 }
-
-
-def _refusal(op: torch._ops.OpOverload, reason: str) -> Lowering:
-    def lower(e: Emitter, **_: Any) -> list[Any]:
-        raise e.refuse(reason)
-
-    # It "reads" every argument: the reason is told whatever they are.
-    names = ["e", *(parameter(a.name) for a in op._schema.arguments)]
-    lower.__signature__ = Signature([Parameter(n, Parameter.KEYWORD_ONLY) for n in names])  # type: ignore[attr-defined]
-    return lower
-
+# Drawn from a generator: every overload.
+_RANDOM = (
+    aten.bernoulli,
+    aten.binomial,
+    aten.cauchy,
+    aten.exponential,
+    aten.geometric,
+    aten.log_normal,
+    aten.multinomial,
+    aten.native_dropout,
+    aten.normal,
+    aten.normal_functional,
+    aten.poisson,
+    aten.rand,
+    aten.rand_like,
+    aten.randint,
+    aten.randint_like,
+    aten.randn,
+    aten.randn_like,
+    aten.randperm,
+    aten.rrelu_with_noise,
+    aten.rrelu_with_noise_functional,
+    aten.uniform,
+    aten._sample_dirichlet,
+    aten._standard_gamma,
+)
 
 for _reason, _ops in _REASONS.items():
-    for _op in _ops:
-        OPS.lowers(_op)(_refusal(_op, _reason))
+    OPS.refuses(_ops, _reason)
+for _packet in _RANDOM:
+    _names = _packet.overloads()  # type: ignore[no-untyped-call]
+    OPS.refuses([getattr(_packet, name) for name in _names if not name.endswith("out")], _NUMBERS)

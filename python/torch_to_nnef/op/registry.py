@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -16,11 +16,12 @@ from torch_to_nnef.graph.ir import Node
 from torch_to_nnef.graph.opaque import Uses
 from torch_to_nnef.op import extensions
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.statement import Ref, Unavailable
 from torch_to_nnef.quantize.targets import Use
 
 OpOverload = torch._ops.OpOverload
-Lowering = Callable[..., Ref | list[Ref]]
+Result: TypeAlias = Ref | Sequence[Ref | Unavailable]
+Lowering = Callable[..., Result]
 F = TypeVar("F", bound=Lowering)
 
 _FAMILIES = (
@@ -46,7 +47,6 @@ _FAMILIES = (
     "opaque",
     "pad",
     "pool",
-    "random",
     "reduce",
     "refused",
     "resize",
@@ -145,9 +145,7 @@ class OpTable:
                 unknown = set(reads) - {parameter(a.name) for a in op._schema.arguments}
                 if unknown:
                     raise T2NErrorInvalidArgument(f"the handler of {op} reads {sorted(unknown)}, not in {op._schema}")
-                handler = Handler(lower, _import_of(lower), reads)
-                _check_free(str(op), self._handlers.get(op), handler, replace)
-                self._handlers[op] = handler
+                self._add(op, Handler(lower, _import_of(lower), reads), replace)
             return lower
 
         return register
@@ -182,11 +180,15 @@ class OpTable:
     def refuses(self, ops: Iterable[OpOverload], reason: str) -> None:
         """Refuse every call of `ops`, whatever its arguments, instead of reporting them as missing."""
 
-        def refuse(e: Emitter, **arguments: Any) -> Ref:
+        def lower(e: Emitter, **arguments: Any) -> Ref:
             raise e.refuse(reason)
 
         for op in ops:
-            self._handlers[op] = Handler(refuse, _import_of(refuse), tuple(parameter(a.name) for a in op._schema.arguments))
+            self._add(op, Handler(lower, None, tuple(parameter(a.name) for a in op._schema.arguments)))
+
+    def _add(self, op: OpOverload, handler: Handler, replace: bool = False) -> None:
+        _check_free(str(op), self._handlers.get(op), handler, replace)
+        self._handlers[op] = handler
 
     def __contains__(self, op: OpOverload) -> bool:
         return op in self._handlers
@@ -197,7 +199,7 @@ class OpTable:
     def __getitem__(self, op: OpOverload) -> Handler:
         return self._handlers[op]
 
-    def lower(self, emitter: Emitter, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ref | list[Ref]:
+    def lower(self, emitter: Emitter, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Result:
         """Run the handler of `node` on lowered arguments."""
         handler = self._handlers[node.target]
         given = _bind(node.target, args, kwargs)

@@ -12,7 +12,7 @@ from torch_to_nnef.op.emitter import Emitter, Scalar
 from torch_to_nnef.op.operand import as_ref
 from torch_to_nnef.op.reduce import arg, extreme, reduced, total
 from torch_to_nnef.op.registry import lowers
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.statement import Ref, Unavailable
 
 aten = torch.ops.aten
 
@@ -24,32 +24,53 @@ def largest(e: Emitter, x: Ref, k: Dim, axis: int, descending: bool) -> list[Ref
     shape = (*x.shape[:axis], k, *x.shape[axis + 1 :])
     numbers = e.cast(x, torch.uint8) if x.dtype is torch.bool else x
     results = [(shape, numbers.dtype), (shape, torch.int64)]
-    values, places = e.ops("tract_core_topk", numbers, results=results, k=k, axis=axis, largest=descending)
+    # A k that is a dimension has to be cast to be known when tract runs, and is then an unknown length to tract: the slice tells it.
+    count = k if isinstance(k, int) else as_ref(e, k, torch.int64)
+    found = e.ops("tract_core_topk", numbers, results=results, k=count, axis=axis, largest=descending)
+    values, places = found if isinstance(k, int) else (e.slice(part, axis, 0, k) for part in found)
     return [e.cast(values, x.dtype), places]
 
 
+_TIES = Unavailable("which of equal elements torch picks is not said; use the values, or sort with stable=True")
+
+
+def _picked(x: Ref, results: list[Ref]) -> list[Ref | Unavailable]:
+    """Values, and their places of floats: among integers equal ones are the rule."""
+    return [results[0], results[1] if x.dtype.is_floating_point else _TIES]
+
+
+def _sorted(e: Emitter, x: Ref, dim: int, descending: bool, stable: bool | None) -> list[Ref | Unavailable]:
+    """Values, and their places unless there are so few values that equal ones are the rule."""
+    values, places = _all(e, x, dim, descending)
+    return [values, places if stable or x.dtype not in {torch.bool, torch.float16} else _TIES]
+
+
 @lowers(aten.topk.default)
-def topk(e: Emitter, x: Ref, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Ref]:
+def topk(
+    e: Emitter, x: Ref, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> list[Ref | Unavailable]:
     """The k largest (or smallest) along one axis, in order, and their places."""
-    return _first(e, x, k, dim, largest)
+    return _picked(x, _first(e, x, k, dim, largest))
 
 
 @lowers(aten.sort.default)
-def sort(e: Emitter, x: Ref, dim: int = -1, descending: bool = False) -> list[Ref]:
+def sort(e: Emitter, x: Ref, dim: int = -1, descending: bool = False) -> list[Ref | Unavailable]:
     """All along one axis in order, equal ones in their own, and their places."""
-    return _all(e, x, dim, descending)
+    return _sorted(e, x, dim, descending, stable=False)
 
 
 @lowers(aten.sort.stable)
-def sort_stable(e: Emitter, x: Ref, stable: bool | None = None, dim: int = -1, descending: bool = False) -> list[Ref]:
+def sort_stable(
+    e: Emitter, x: Ref, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> list[Ref | Unavailable]:
     """The same: tract's order is stable."""
-    return _all(e, x, dim, descending)
+    return _sorted(e, x, dim, descending, stable)
 
 
 @lowers(aten.argsort.default)
-def argsort(e: Emitter, x: Ref, dim: int = -1, descending: bool = False) -> Ref:
+def argsort(e: Emitter, x: Ref, dim: int = -1, descending: bool = False) -> list[Ref | Unavailable]:
     """Places of the sorted elements."""
-    return _all(e, x, dim, descending)[1]
+    return _sorted(e, x, dim, descending, stable=False)[1:]
 
 
 @lowers(aten.argsort.stable)
@@ -73,56 +94,76 @@ def _all(e: Emitter, x: Ref, dim: int, descending: bool) -> list[Ref]:
 
 
 @lowers(aten.kthvalue.default)
-def kthvalue(e: Emitter, x: Ref, k: Dim, dim: int = -1, keepdim: bool = False) -> list[Ref]:
+def kthvalue(e: Emitter, x: Ref, k: Dim, dim: int = -1, keepdim: bool = False) -> list[Ref | Unavailable]:
     """The kth smallest along one axis, and its place."""
-    if not x.rank:
-        return _first(e, x, 1, 0, False)
-    axis = dim % x.rank
-    last = [e.slice(part, axis, k - 1, 1) for part in largest(e, x, k, axis, False)]
-    return last if keepdim else [e.squeeze(part, [axis]) for part in last]
+    return _picked(x, _kth(e, x, k, dim, keepdim))
+
+
+@lowers(aten.median.dim)
+def median(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref | Unavailable]:
+    """The middle of the sorted, the lower of two, and its place."""
+    return _picked(x, _median(e, x, dim, keepdim))
+
+
+@lowers(aten.median.default)
+def median_of_all(e: Emitter, x: Ref) -> Ref:
+    """The middle of all."""
+    return _median(e, _flat(e, x), 0, keepdim=False)[0]
+
+
+@lowers(aten.nanmedian.dim)
+def nanmedian(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref | Unavailable]:
+    """The median of those that are numbers."""
+    return _picked(x, _nanmedian(e, x, dim, keepdim))
+
+
+@lowers(aten.nanmedian.default)
+def nanmedian_of_all(e: Emitter, x: Ref) -> Ref:
+    """The median of all that are numbers."""
+    return _nanmedian(e, _flat(e, x), 0, keepdim=False)[0]
 
 
 def _flat(e: Emitter, x: Ref) -> Ref:
     return e.reshape(x, (math.prod(x.shape),))
 
 
-@lowers(aten.median.dim)
-def median(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
-    """The middle of the sorted, the lower of two, and its place."""
-    return kthvalue(e, x, _middle(x.shape[dim]) if x.rank else 1, dim, keepdim)
+def _kth(e: Emitter, x: Ref, k: Dim, dim: int, keepdim: bool) -> list[Ref]:
+    if not x.rank:
+        return [x, e.full(0, torch.int64)]
+    axis = dim % x.rank
+    last = [e.slice(part, axis, k - 1, 1) for part in largest(e, x, k, axis, False)]
+    return last if keepdim else [e.squeeze(part, [axis]) for part in last]
 
 
-@lowers(aten.median.default)
-def median_of_all(e: Emitter, x: Ref) -> Ref:
-    """The middle of all."""
-    return median(e, _flat(e, x))[0]
+def _median(e: Emitter, x: Ref, dim: int, keepdim: bool) -> list[Ref]:
+    length = x.shape[dim] if x.rank else 1
+    if isinstance(length, int):
+        return _kth(e, x, (length + 1) // 2, dim, keepdim)
+    axis = dim % x.rank
+    units = tuple(1 if a == axis else d for a, d in enumerate(x.shape))
+    return _middle(e, x, e.broadcast_to(as_ref(e, length, torch.int64), units), axis, keepdim)
 
 
-def _middle(length: Dim) -> Dim:
-    return (length + 1) // 2
-
-
-@lowers(aten.nanmedian.dim)
-def nanmedian(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
-    """The median of those that are numbers: the others are sorted last, and the middle is counted."""
+def _nanmedian(e: Emitter, x: Ref, dim: int, keepdim: bool) -> list[Ref]:
+    """What is no number is sorted last, and not counted."""
     if not x.rank or not x.dtype.is_floating_point:
-        return median(e, x, dim, keepdim)
+        return _median(e, x, dim, keepdim)
     axis = dim % x.rank
     absent = e.op("ne", x, x, dtype=torch.bool)
+    present = e.op("not", absent)
     last = e.op("select", absent, e.full(math.inf, x.dtype), x, dtype=x.dtype)
-    _, places = largest(e, last, x.shape[axis], axis, False)
-    present = e.cast(e.op("not", absent), torch.int64)
-    count = reduced(e, "sum_reduce", present, axis, keepdim=True)
+    count = reduced(e, "sum_reduce", e.cast(present, torch.int64), axis, keepdim=True)
+    values, places = _middle(e, last, count, axis, keepdim)
+    some = reduced(e, "any_reduce", present, axis, keepdim)
+    return [e.op("select", some, values, e.full(math.nan, x.dtype), dtype=x.dtype), places]
+
+
+def _middle(e: Emitter, x: Ref, count: Ref, axis: int, keepdim: bool) -> list[Ref]:
+    """Of the first `count` in order, the middle one."""
     middle = e.op("max", e.binary("sub", count, 1, torch.int64), e.full(0, torch.int64))
-    place = _gather(e, places, e.op("tract_shr", middle, e.full(1, torch.int64)), axis)
-    results = [_gather(e, x, place, axis), place]
+    at = e.op("tract_shr", middle, e.full(1, torch.int64))
+    results = [_gather(e, part, at, axis) for part in largest(e, x, x.shape[axis], axis, False)]
     return results if keepdim else [e.squeeze(result, [axis]) for result in results]
-
-
-@lowers(aten.nanmedian.default)
-def nanmedian_of_all(e: Emitter, x: Ref) -> Ref:
-    """The median of all that are numbers."""
-    return nanmedian(e, _flat(e, x))[0]
 
 
 def _gather(e: Emitter, x: Ref, places: Ref, axis: int) -> Ref:
@@ -139,7 +180,7 @@ def mode(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
     numbers = e.cast(values, torch.uint8) if x.dtype is torch.bool else values
     same = e.op("eq", e.unsqueeze(numbers, [axis]), e.unsqueeze(numbers, [axis + 1]), dtype=torch.bool)
     counts = reduced(e, "sum_reduce", e.cast(same, torch.int64), axis, keepdim=False)
-    first = arg(e, "argmax_reduce", counts, axis, keepdim=True)
+    first = arg(e, "argmax", counts, axis, keepdim=True)
     # Equal ones are neighbours in their order, so the last is as many places further as there are.
     more = e.binary("sub", reduced(e, "max_reduce", counts, axis, keepdim=True), 1, torch.int64)
     at = e.op("add", first, more)

@@ -30,6 +30,13 @@ class Ref:
 
 
 @dataclass(frozen=True, slots=True)
+class Unavailable:
+    """A result that has no lowering: whoever uses it is refused with `reason`."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Statement:
     """`results = operator(args, attrs)`. Values are `Ref`s, dimensions, literals, and lists or tuples of those."""
 
