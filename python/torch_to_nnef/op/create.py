@@ -75,9 +75,20 @@ def arange_step(e: Emitter, start: Dim, end: Dim, step: Dim = 1) -> Ref:
         if not all(isinstance(v, (int, float)) for v in values):
             raise e.refuse("a float range over a dynamic size; make integers and scale them")
         return e.constant(torch.arange(*values, dtype=e.out.dtype), "arange")
-    if not isinstance(step, int):
-        raise e.refuse("the step is dynamic")
     return e.arange(start, step, e.out.shape[0], e.out.dtype)
+
+
+def _triangle_indices(upper: bool) -> Lowering:
+    def lower(e: Emitter, row: int, col: int, offset: int = 0) -> Ref:
+        """Rows and columns of the elements of one triangle."""
+        make = torch.triu_indices if upper else torch.tril_indices
+        return e.constant(make(row, col, offset, dtype=e.out.dtype), "indices")
+
+    return lower
+
+
+lowers(aten.tril_indices.default)(_triangle_indices(upper=False))
+lowers(aten.triu_indices.default)(_triangle_indices(upper=True))
 
 
 @lowers(aten._to_copy.default, aten.to.dtype_layout, aten.to.dtype, aten.to.device)
