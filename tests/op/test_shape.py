@@ -5,6 +5,13 @@ import torch
 from rows import BS, B, Row, check, flags, ids, unary, x
 from torch.nn import functional as F
 
+
+def interleaved(even, odd):
+    both = torch.empty(even.shape[0], 8)
+    both[:, ::2], both[:, 1::2] = even, odd
+    return both
+
+
 S = {1: "S"}
 PADS = {"constant": (1, 2), "reflect": (2, 1), "replicate": (2, 1), "circular": (2, 1)}
 ROWS = [
@@ -57,6 +64,7 @@ ROWS = [
     Row("arange_strided", lambda a: a + torch.arange(0, 2 * a.shape[1], 2), (x(2, 4),), {"args_0": BS}),
     Row("arange_down", lambda a: a + torch.arange(a.shape[1] - 1, -1, -1), (x(2, 4),), {"args_0": BS}),
     Row("arange_float", lambda a: a + torch.arange(a.shape[1], dtype=torch.float32) / a.shape[1], (x(2, 4),), {"args_0": BS}),
+    Row("empty_written", interleaved, (x(3, 4), x(3, 4)), {"args_0": B, "args_1": B}),
     Row("one_hot", lambda i: F.one_hot(i, 5), (ids(2, 3),), {"args_0": BS}),
     Row("truncation", lambda a: a.to(torch.int32) + a.to(torch.int8), (x(2, 3) * 3,), {"args_0": B}),
     Row("float_to_bool", lambda a: a.bool(), (x(2, 3).round(),), {"args_0": B}),
