@@ -71,6 +71,8 @@ ROWS = [
     Row("nan_to_bool", lambda a: (a / a).bool(), (torch.tensor([0.0, 1.0]),), {"args_0": B}),
     Row("searchsorted", lambda a, v: torch.searchsorted(a.sort(-1).values, v), (x(2, 5), x(2, 3)), {"args_1": {1: "T"}}),
     Row("bucketize", lambda v: torch.bucketize(v, torch.tensor([0, 2, 3]), right=True, out_int32=True), (ids(2, 3),), {"args_0": BS}),
+    Row("nonzero_static", lambda a: torch.nonzero_static(a, size=7, fill_value=-5), (flags(2, 5),), {"args_0": BS}),
+    Row("combinations", lambda a: torch.combinations(a, 2), (x(5),)),
     Row("isin", lambda a: torch.isin(a, torch.tensor([1, 3]), invert=True), (ids(2, 3),), {"args_0": BS}),
     *[Row(f"embedding_bag_{mode}", lambda i, w, m=mode: F.embedding_bag(i, w, mode=m), (ids(2, 3), x(5, 4)), {"args_0": B}) for mode in ("sum", "mean", "max")],
     Row("embedding_bag_offsets", lambda i, w, s: F.embedding_bag(i, w, torch.tensor([0, 2, 2]), mode="sum", per_sample_weights=s), (ids(4), x(5, 4), x(4))),

@@ -59,6 +59,31 @@ def _count_below(e: Emitter, sequence: Ref, values: Ref | Scalar, or_equal: bool
     return e.squeeze(e.op("sum_reduce", below, out=(*below.shape[:-1], 1), axes=[axis]), [axis])
 
 
+@lowers(aten.nonzero_static.default)
+def nonzero_static(e: Emitter, x: Ref, fill_value: int = -1) -> Ref:
+    """Coordinates of the first elements that are not zero, as many as asked for; `fill_value` where there are no more."""
+    size, axes = e.out.shape
+    if not axes:
+        raise e.refuse("coordinates in a tensor of rank 0; unsqueeze it first")
+    flags = flat(e, x if x.dtype is torch.bool else e.binary("ne", x, 0, x.dtype, result=torch.bool))
+    turn = e.op("tract_core_cumsum", e.cast(flags, torch.int64), axis=0, exclusive=True, reverse=False)
+    # Whose turn does not come is written behind the end, and cut.
+    turn, behind = e.binary("min", turn, size, torch.int64), e.unsqueeze(e.full(size), [0])
+    turn = e.op("select", flags, turn, behind, out=turn.shape, dtype=torch.int64)
+    none = e.broadcast_to(e.full(-1), (size + 1,))
+    places = write_along(e, none, 0, turn, e.arange(0, 1, flags.shape[0], torch.int64))
+    places, columns = e.slice(places, 0, 0, size), list[Ref]()
+    found = e.binary("ge", places, 0, torch.int64, result=torch.bool)
+    for length in reversed(x.shape):
+        rest = e.binary("div", places, length, torch.int64)
+        column = e.binary("sub", places, e.binary("mul", rest, length, torch.int64), torch.int64)
+        columns.insert(
+            0, e.op("select", found, column, e.unsqueeze(e.full(fill_value), [0]), out=(size,), dtype=torch.int64)
+        )
+        places = rest
+    return e.op("stack", columns, out=e.out.shape, dtype=torch.int64, axis=1)
+
+
 @lowers(aten.repeat_interleave.Tensor)
 def repeat_interleave(e: Emitter, repeats: Ref, output_size: Dim | None = None) -> Ref:
     """Each position as often as `repeats` says, for a length that is known."""
