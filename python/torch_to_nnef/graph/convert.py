@@ -106,7 +106,9 @@ class _Converter:
         args, kwargs = self._argument(node, (tuple(node.args), dict(node.kwargs)))
         return Node(node.name, target, tuple(args), kwargs, outputs, _module_path(node), _source(node))
 
-    def _value(self, name: str, val: torch.Tensor) -> Value:
+    def _value(self, name: str, val: Any) -> Value:
+        if not isinstance(val, torch.Tensor):
+            raise T2NErrorNotImplemented(f"{name} is a {type(val).__name__}, not a tensor; a graph holds tensors only")
         shape, strides = (tuple(self.symbols.dim(d) for d in sizes) for sizes in (val.shape, val.stride()))
         dense, below = self.symbols.dim(val.storage_offset()) == 0, sympy.Integer(1)
         for size, stride in zip(reversed(shape), reversed(strides), strict=True):

@@ -74,7 +74,10 @@ class _Lowering:
         self.first_fqn = {id(tensor): fqn for fqn, tensor in reversed(list(graph.tensors.items()))}
         self.env: dict[str, Ref | Unavailable] = {}
         producers = {value.name: node for node in graph.nodes for value in node.outputs}
-        self.emitter = Emitter(self.names.fresh, producers, lambda fqn: isinstance(graph.tensors[fqn], QTensor))
+        results = frozenset(value.name for value in graph.outputs)
+        self.emitter = Emitter(
+            self.names.fresh, producers, lambda fqn: isinstance(graph.tensors[fqn], QTensor), results
+        )
 
     def run(self, name: str) -> Lowered:
         inputs = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from torch_to_nnef.graph.ir import Dim
@@ -55,6 +57,42 @@ for _value, _sized_op, _like_ops in (
     lowers(*_like_ops)(_like)
 
 
+def _found(e: Emitter) -> Ref:
+    if e.gives_result:
+        raise e.refuse("memory as it is found, given out as a result; use torch.zeros")
+    return _filled(e, 0)
+
+
+@lowers(aten.empty.memory_format)
+def empty(e: Emitter) -> Ref:
+    """What a model will write into: zeros."""
+    return _found(e)
+
+
+@lowers(aten.empty_permuted.default)
+def empty_permuted(e: Emitter, physical_layout: Sequence[int]) -> Ref:
+    """What a model will write into, however it lies in memory: zeros."""
+    return _found(e)
+
+
+@lowers(aten.empty_strided.default)
+def empty_strided(e: Emitter, stride: Sequence[Dim]) -> Ref:
+    """What a model will write into, however it lies in memory: zeros."""
+    return _found(e)
+
+
+@lowers(aten.empty_like.default, aten.new_empty.default)
+def empty_like(e: Emitter, x: Ref) -> Ref:
+    """What a model will write into, with the shape or the dtype of another tensor: zeros."""
+    return _found(e)
+
+
+@lowers(aten.new_empty_strided.default)
+def new_empty_strided(e: Emitter, x: Ref, stride: Sequence[Dim]) -> Ref:
+    """What a model will write into, with the dtype of another tensor: zeros."""
+    return _found(e)
+
+
 @lowers(aten.arange.default)
 def arange(e: Emitter, end: Dim) -> Ref:
     """0, 1, ... before end."""
@@ -75,9 +113,20 @@ def arange_step(e: Emitter, start: Dim, end: Dim, step: Dim = 1) -> Ref:
         if not all(isinstance(v, (int, float)) for v in values):
             raise e.refuse("a float range over a dynamic size; make integers and scale them")
         return e.constant(torch.arange(*values, dtype=e.out.dtype), "arange")
-    if not isinstance(step, int):
-        raise e.refuse("the step is dynamic")
     return e.arange(start, step, e.out.shape[0], e.out.dtype)
+
+
+def _triangle_indices(upper: bool) -> Lowering:
+    def lower(e: Emitter, row: int, col: int, offset: int = 0) -> Ref:
+        """Rows and columns of the elements of one triangle."""
+        make = torch.triu_indices if upper else torch.tril_indices
+        return e.constant(make(row, col, offset, dtype=e.out.dtype), "indices")
+
+    return lower
+
+
+lowers(aten.tril_indices.default)(_triangle_indices(upper=False))
+lowers(aten.triu_indices.default)(_triangle_indices(upper=True))
 
 
 @lowers(aten._to_copy.default, aten.to.dtype_layout, aten.to.dtype, aten.to.device)
@@ -86,6 +135,12 @@ def to(e: Emitter, x: Ref) -> Ref:
     if e.out.dtype is torch.bool and x.dtype is not torch.bool:
         return e.binary("ne", x, 0, x.dtype, result=torch.bool)
     return e.cast(x, e.out.dtype)
+
+
+@lowers(aten.copy.default)
+def copy(e: Emitter, x: Ref, src: Ref) -> Ref:
+    """What stands in a tensor after another was copied into it."""
+    return e.broadcast_to(to(e, src), e.out.shape)
 
 
 @lowers(aten.to.other, aten.type_as.default)

@@ -78,7 +78,7 @@ def select(e: Emitter, x: Ref, dim: int, index: Dim) -> Ref:
     return e.squeeze(e.slice(x, axis, begin, 1), [axis])
 
 
-@lowers(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+@lowers(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.unbind_copy.int)
 def split(e: Emitter, x: Ref, dim: int = 0) -> list[Ref]:
     """Pieces along one axis, as long as torch computed them; `unbind` also drops the axis."""
     axis, begin, parts = dim % x.rank, 0, list[Ref]()

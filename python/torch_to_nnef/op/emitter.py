@@ -21,14 +21,18 @@ class Emitter:
     """Collects the statements of one graph. `node` is the call being lowered; `fresh` gives unused identifiers for it."""
 
     def __init__(
-        self, fresh: Callable[[Node | None, str], str], producers: dict[str, Node], quantized: Callable[[str], bool]
+        self,
+        fresh: Callable[[Node | None, str], str],
+        producers: dict[str, Node],
+        quantized: Callable[[str], bool],
+        results: frozenset[str] = frozenset(),
     ) -> None:
         self.statements: list[Statement] = []
         self.variables: dict[str, Variable] = {}
         self.fragments: dict[str, Fragment] = {}
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
         self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
-        self._fresh, self._producers, self._quantized = fresh, producers, quantized
+        self._fresh, self._producers, self._quantized, self._results = fresh, producers, quantized, results
 
     # -- statements
 
@@ -99,6 +103,11 @@ class Emitter:
     def out(self) -> Value:
         """First output of the node: the shape and dtype torch computed."""
         return self.node.outputs[0]
+
+    @property
+    def gives_result(self) -> bool:
+        """Whether the first output of the node is one of the graph."""
+        return self.out.name in self._results
 
     def is_quantized(self, ref: Ref) -> bool:
         """Whether `ref` is a weight that stays packed in the archive."""

@@ -52,6 +52,7 @@ _FAMILIES = (
     "resize",
     "scan",
     "scatter",
+    "search",
     "shape",
     "signal",
     "sort",
@@ -62,6 +63,7 @@ _FAMILIES = (
 _WITHOUT_EFFECT = frozenset(
     {
         "dtype",
+        "out_int32",
         "layout",
         "device",
         "pin_memory",

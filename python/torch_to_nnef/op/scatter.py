@@ -8,6 +8,7 @@ import torch
 
 from torch_to_nnef.graph.ir import Dim, Shape
 from torch_to_nnef.op.cut import bounds, joined
+from torch_to_nnef.op.divide import floor_divide
 from torch_to_nnef.op.emitter import Emitter, Scalar
 from torch_to_nnef.op.index import MASKS, Places, at_least_1d, flat, permuted
 from torch_to_nnef.op.registry import lowers
@@ -106,12 +107,9 @@ def _reduced(e: Emitter, x: Ref, dim: int, index: Ref, updates: Ref, reduce: str
     before = e.broadcast_to(e.full(int(include_self)), x.shape)
     count = write_along(e, before, dim, index, e.broadcast_to(e.full(1), index.shape), "add")
     count = e.binary("max", count, 1, x.dtype)
-    mean = e.binary("div", total, count, x.dtype)
-    if x.dtype.is_floating_point:
-        return mean
-    # Integers: tract rounds towards zero, torch down.
-    above = e.binary("gt", e.binary("mul", mean, count, x.dtype), total, x.dtype, result=torch.bool)
-    return e.op("select", above, e.binary("sub", mean, 1, x.dtype), mean, out=x.shape, dtype=x.dtype)
+    if not x.dtype.is_floating_point:
+        return floor_divide(e, total, count)
+    return e.binary("div", total, count, x.dtype)
 
 
 def _neutral(reduce: str, dtype: torch.dtype) -> Scalar:

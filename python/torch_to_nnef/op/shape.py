@@ -48,7 +48,7 @@ def unflatten(e: Emitter, x: Ref, dim: int) -> Ref:
     return e.reshape(x, e.out.shape)
 
 
-@lowers(aten.permute.default)
+@lowers(aten.permute.default, aten.permute_copy.default)
 def permute(e: Emitter, x: Ref, dims: Sequence[int]) -> Ref:
     """Axes in another order."""
     return e.op("transpose", x, out=e.out.shape, axes=[d % x.rank for d in dims])
@@ -59,8 +59,10 @@ def transpose(e: Emitter, x: Ref, dim0: int, dim1: int) -> Ref:
     """Two axes swapped."""
     order = list(range(x.rank))
     a, b = e.axis(dim0), e.axis(dim1)
+    if a == b:
+        return x
     order[a], order[b] = order[b], order[a]
-    return e.op("transpose", x, out=e.out.shape, axes=order) if a != b else x
+    return e.op("transpose", x, out=e.out.shape, axes=order)
 
 
 @lowers(aten.t.default)
@@ -88,7 +90,7 @@ def squeeze_dims(e: Emitter, x: Ref, dim: int | Sequence[int]) -> Ref:
     return e.squeeze(x, [d % x.rank for d in dims if x.rank and x.shape[d % x.rank] == 1])
 
 
-@lowers(aten.expand.default)
+@lowers(aten.expand.default, aten.broadcast_to.default)
 def expand(e: Emitter, x: Ref) -> Ref:
     """Unit axes repeated."""
     return e.broadcast_to(x, e.out.shape)
@@ -103,7 +105,7 @@ def expand_as(e: Emitter, x: Ref, other: Ref) -> Ref:
 @lowers(aten.repeat.default)
 def repeat(e: Emitter, x: Ref, repeats: Sequence[Dim]) -> Ref:
     """Tiled along every axis."""
-    return e.op("tile", e.lift(x, len(repeats)), out=e.out.shape, repeats=list(repeats))
+    return e.op("tile", e.lift(x, len(repeats)), out=e.out.shape, repeats=list(repeats)) if repeats else x
 
 
 @lowers(aten.cat.default, aten.concat.default)

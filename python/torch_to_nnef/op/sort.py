@@ -188,43 +188,6 @@ def mode(e: Emitter, x: Ref, dim: int = -1, keepdim: bool = False) -> list[Ref]:
     return results if keepdim else [e.squeeze(result, [axis]) for result in results]
 
 
-def _searched(e: Emitter, edges: Ref, values: Ref, right: bool) -> Ref:
-    """How many `edges` lie before each of `values`, along the last axis: each is compared to each."""
-    edges = e.unsqueeze(edges, [edges.rank - 1]) if values.rank else edges
-    before = compare(e, "le" if right else "lt", edges, e.unsqueeze(values, [values.rank]))
-    count = reduced(e, "sum_reduce", e.cast(before, torch.int64), -1, keepdim=False)
-    return e.cast(count, e.out.dtype)
-
-
-@lowers(aten.bucketize.Tensor)
-def bucketize(e: Emitter, x: Ref, boundaries: Ref, out_int32: bool = False, right: bool = False) -> Ref:
-    """Which of the intervals between sorted boundaries each lies in."""
-    return _searched(e, boundaries, x, right)
-
-
-@lowers(aten.searchsorted.Tensor)
-def searchsorted(
-    e: Emitter,
-    sorted_sequence: Ref,
-    x: Ref,
-    out_int32: bool = False,
-    right: bool = False,
-    side: str | None = None,
-    sorter: Ref | None = None,
-) -> Ref:
-    """Where each would have to be inserted to keep the order."""
-    ordered = sorted_sequence if sorter is None else _gather(e, sorted_sequence, sorter, sorted_sequence.rank - 1)
-    return _searched(e, ordered, x, right or side == "right")
-
-
-@lowers(aten.isin.Tensor_Tensor)
-def isin(e: Emitter, elements: Ref, test_elements: Ref, assume_unique: bool = False, invert: bool = False) -> Ref:
-    """Whether each is among `test_elements`: each is compared to each."""
-    same = compare(e, "eq", e.unsqueeze(elements, [elements.rank]), _flat(e, test_elements))
-    found = reduced(e, "any_reduce", same, -1, keepdim=False)
-    return e.op("not", found) if invert else found
-
-
 @lowers(aten.histc.default)
 def histc(e: Emitter, x: Ref, bins: int = 100, min: Scalar = 0, max: Scalar = 0) -> Ref:
     """How many lie in each of equal bins between min and max, or between the least and the largest."""
