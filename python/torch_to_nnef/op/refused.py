@@ -19,12 +19,9 @@ _RANDOM = "its windows are random, and an archive gives the same output every ti
 _REASONS = {
     _FACTORIZATION: (
         aten.cholesky_inverse.default,
-        aten.inverse.default,
         aten.linalg_cholesky.default,
-        aten.linalg_inv.default,
         aten.linalg_ldl_factor.default,
         aten.linalg_lu_factor.default,
-        aten.linalg_solve.default,
         aten.linalg_solve_ex.default,
         aten.linalg_tensorinv.default,
         aten.linalg_tensorsolve.default,
@@ -36,7 +33,6 @@ _REASONS = {
         aten._linalg_eigvals.default,
         aten._linalg_eigh.default,
         aten.linalg_householder_product.default,
-        aten.linalg_inv_ex.default,
         aten.linalg_ldl_factor_ex.default,
         aten.linalg_ldl_solve.default,
         aten.linalg_lstsq.default,
@@ -46,7 +42,6 @@ _REASONS = {
         aten.linalg_pinv.atol_rtol_tensor,
         aten.linalg_qr.default,
         aten.linalg_solve_triangular.default,
-        aten._linalg_det.default,
         aten._linalg_slogdet.default,
         aten._linalg_solve_ex.default,
         aten._linalg_svd.default,

@@ -49,6 +49,7 @@ _FAMILIES = (
     "scatter",
     "shape",
     "signal",
+    "small_matrix",
     "sort",
     "special",
     "stft",
