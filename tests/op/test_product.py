@@ -49,6 +49,7 @@ ROWS = [
     Row("cdist_many", torch.cdist, (x(30, 4), x(5, 4)), {"args_1": _B}),
     *[Row(f"pdist_{p}", lambda a, p=p: F.pdist(a, p), (x(5, 4),)) for p in (0, 1.5, 2, float("inf"))],
     *[Row(f"det_{n}", torch.linalg.det, (x(5, n, n),), {"args_0": _B}) for n in (1, 2, 3)],
+    Row("slogdet", torch.linalg.slogdet, (x(5, 3, 3),), {"args_0": _B}),
     *[Row(f"inv_{n}", torch.linalg.inv, (x(5, n, n) + 2 * torch.eye(n),), {"args_0": _B}) for n in (1, 2, 3)],
     Row("solve", torch.linalg.solve, (x(5, 3, 3) + 2 * torch.eye(3), x(5, 3, 2)), {"args_0": _B, "args_1": _B}),
     Row("solve_vector", torch.linalg.solve, (x(3, 3) + 2 * torch.eye(3), x(3))),

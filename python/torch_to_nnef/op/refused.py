@@ -42,7 +42,6 @@ _REASONS = {
         aten.linalg_pinv.atol_rtol_tensor,
         aten.linalg_qr.default,
         aten.linalg_solve_triangular.default,
-        aten._linalg_slogdet.default,
         aten._linalg_solve_ex.default,
         aten._linalg_svd.default,
         aten.lu_unpack.default,

@@ -18,6 +18,13 @@ def det(e: Emitter, A: Ref) -> list[Ref]:  # noqa: N803  # the schema's name
     return [e.squeeze(_determinant(e, A, _cofactors(e, A)), [A.rank - 2, A.rank - 1])]
 
 
+@lowers(aten._linalg_slogdet.default)
+def slogdet(e: Emitter, A: Ref) -> list[Ref]:  # noqa: N803
+    """Its sign, and the logarithm of its magnitude."""
+    (value,) = det(e, A)
+    return [e.op("sign", value), e.op("log", e.op("abs", value))]
+
+
 @lowers(aten.linalg_inv.default, aten.linalg_inv_ex.default)
 def inv(e: Emitter, A: Ref) -> Ref:  # noqa: N803
     """The transposed cofactors over the determinant."""
