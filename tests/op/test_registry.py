@@ -44,12 +44,8 @@ class Call(nn.Module):
     ("function", "message"),
     [
         (lambda x: x.to(torch.int64) // 2, "rounded division of integers"),
-        (lambda x: nn.functional.max_pool2d(x[None], 2, ceil_mode=True), "ceil_mode"),
-        (lambda x: nn.functional.avg_pool2d(x[None], 2, divisor_override=3), "divisor_override"),
-        (lambda x: nn.functional.adaptive_avg_pool2d(x, (3, 3)), "adaptive pooling"),
         (lambda x: nn.functional.pad(x, (1, 1), mode="circular"), "circular"),
-        (lambda x: nn.functional.batch_norm(x, None, None, training=True), "statistics of the batch"),
-        (lambda x: torch.einsum("...i->...", x), "ellipsis"),
+        (lambda x: nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5), "dropout"),
     ],
 )
 def test_what_a_handler_does_not_read_is_refused_never_ignored(function, message, tmp_path):
