@@ -16,12 +16,9 @@ def sampled(mode, padding, corners, inputs=(_IMAGE, _POINTS), axes=_AXES):
     return Row(name, lambda a, g: F.grid_sample(a, g, mode, padding, corners), inputs, axes)
 
 
-def affine(name, *shape, corners=False):
-    """The grid of an input's size under a map each image; its axes are dynamic from the third on."""
-    rank = len(shape) - 2
-    axes = {"args_0": {0: "B"}, "args_1": {0: "B"} | {i + 2: "XYZ"[i] for i in range(rank)}}
-    call = Row(name, lambda t, a: F.affine_grid(t, a.shape, corners), (x(shape[0], rank, rank + 1), x(*shape)), axes)
-    return call
+def affine(name, *size, corners=False):
+    rank = len(size) - 2
+    return Row(name, lambda t: F.affine_grid(t, (t.shape[0], *size[1:]), corners), (x(size[0], rank, rank + 1),))
 
 
 _PADDINGS = ("zeros", "border", "reflection")
@@ -34,7 +31,6 @@ ROWS = [
     affine("affine", 2, 3, 4, 5),
     affine("affine_corners", 2, 3, 4, 5, corners=True),
     affine("affine_volume", 2, 3, 4, 5, 6),
-    Row("affine_static", lambda t: F.affine_grid(t, (2, 1, 1, 5), align_corners=True), (x(2, 2, 3),)),
 ]
 
 

@@ -8,6 +8,7 @@ from torch_to_nnef.exceptions import T2NErrorNotImplemented
 
 _2D = x(2, 3, 9, 8)
 _ANY = {"args_0": {0: "B", 2: "H", 3: "W"}}
+_BOTH = {**_ANY, "args_1": {2: "P", 3: "Q"}}
 _BATCH = {"args_0": {0: "B"}}
 
 
@@ -41,6 +42,9 @@ ROWS = [
     Row("adaptive_avg_pool2d_uneven", lambda a: F.adaptive_avg_pool2d(a, (4, 5)), (_2D,), _BATCH),
     Row("adaptive_avg_pool2d_larger", lambda a: F.adaptive_avg_pool2d(a, (12, 8)), (_2D,), _BATCH),
     Row("adaptive_avg_pool2d_dynamic", lambda a: F.adaptive_avg_pool2d(a, (3, 2)), (_2D,), _ANY),
+    Row("adaptive_avg_pool2d_dynamic_many", lambda a: F.adaptive_avg_pool2d(a, (5, 7)), (_2D,), _ANY),
+    Row("adaptive_avg_pool2d_like", lambda a, b: F.adaptive_avg_pool2d(a, b.shape[2:]), (_2D, x(1, 1, 5, 3)), _BOTH),
+    Row("adaptive_max_pool2d_dynamic_many", lambda a: F.adaptive_max_pool2d(a, (5, 7)), (_2D,), _ANY),
     Row("adaptive_avg_pool3d", lambda a: F.adaptive_avg_pool3d(a, (2, None, 4)), (x(2, 3, 4, 5, 6),), _BATCH),
     Row("adaptive_max_pool2d_uneven", lambda a: F.adaptive_max_pool2d(a, (4, 5), return_indices=True), (_2D,), _BATCH),
     Row("adaptive_max_pool2d_even", lambda a: F.adaptive_max_pool2d(a, (3, 4), return_indices=True), (_2D,), _BATCH),

@@ -48,6 +48,11 @@ ROWS = [
     Row("cdist_1", lambda a, b: torch.cdist(a, b, p=1), (x(3, 4), x(2, 5, 4)), {"args_1": _B}),
     Row("cdist_many", torch.cdist, (x(30, 4), x(5, 4)), {"args_1": _B}),
     *[Row(f"pdist_{p}", lambda a, p=p: F.pdist(a, p), (x(5, 4),)) for p in (0, 1.5, 2, float("inf"))],
+    *[Row(f"det_{n}", torch.linalg.det, (x(5, n, n),), {"args_0": _B}) for n in (1, 2, 3)],
+    Row("slogdet", torch.linalg.slogdet, (x(5, 3, 3),), {"args_0": _B}),
+    *[Row(f"inv_{n}", torch.linalg.inv, (x(5, n, n) + 2 * torch.eye(n),), {"args_0": _B}) for n in (1, 2, 3)],
+    Row("solve", torch.linalg.solve, (x(5, 3, 3) + 2 * torch.eye(3), x(5, 3, 2)), {"args_0": _B, "args_1": _B}),
+    Row("solve_vector", torch.linalg.solve, (x(3, 3) + 2 * torch.eye(3), x(3))),
     Row("pairwise_distance", F.pairwise_distance, (x(3, 4), x(3, 4, seed=1)), {"args_0": _B, "args_1": _B}),
 ]  # fmt: skip
 
@@ -61,15 +66,16 @@ def test_products_give_the_same_in_tract(row, tmp_path):
     ("function", "inputs", "axes", "reason"),
     [
         (torch.mm, (x(3, 4).double(), x(4, 5).double()), {}, "f32 and f16 only"),
-        (torch.linalg.inv, (x(3, 3),), {}, "factorizes no matrices"),
+        (torch.linalg.inv, (x(4, 4),), {}, "factorizes none"),
         (lambda a: torch.linalg.matrix_power(a, -2), (x(3, 3),), {}, "no inverse"),
         (torch.linalg.svd, (x(3, 4),), {}, "factorizes no matrices"),
         (torch.linalg.eigh, (x(3, 3),), {}, "factorizes no matrices"),
-        (torch.linalg.solve, (x(3, 3), x(3)), {}, "factorizes no matrices"),
+        (torch.linalg.solve, (x(4, 4), x(4)), {}, "factorizes none"),
+        (torch.linalg.qr, (x(3, 3),), {}, "factorizes no matrices"),
         (torch.linalg.matrix_exp, (x(3, 3),), {}, "no matrix functions"),
         (F.pdist, (x(3, 4),), {"args_0": _B}, "number of rows is dynamic"),
     ],
-    ids=["f64", "inv", "negative_power", "svd", "eigh", "solve", "matrix_exp", "pdist_dynamic"],
+    ids=["f64", "inv", "negative_power", "svd", "eigh", "solve", "qr", "matrix_exp", "pdist_dynamic"],
 )
 def test_products_that_tract_cannot_do_are_refused(function, inputs, axes, reason, tmp_path):
     with pytest.raises(T2NErrorNotImplemented, match=reason):

@@ -25,7 +25,7 @@ aten = torch.ops.aten
     aten._adaptive_avg_pool3d.default,
 )
 def adaptive_avg_pool(e: Emitter, x: Ref, output_size: Sequence[Dim]) -> Ref:
-    """Mean of each window: a pooling if all have one size, else one product per axis, or slices of a dynamic axis."""
+    """Mean of each window: a pooling if all have one size, else one product per axis."""
     spatial = len(output_size)
     axes = range(x.rank - spatial, x.rank)
     if all(o == 1 for o in output_size):
@@ -33,13 +33,8 @@ def adaptive_avg_pool(e: Emitter, x: Ref, output_size: Sequence[Dim]) -> Ref:
     if windows := _even(x, output_size):
         return mean_pool(e, x, windows, e.out.shape)
     for axis, size in zip(axes, output_size, strict=True):
-        before = x.shape[axis]
-        if size == before:
-            continue
-        if isinstance(before, int) and isinstance(size, int):
-            x = along(e, x, axis, _means(before, size))
-        else:
-            x = _slices(e, "mean_reduce", x, axis, size)
+        if size != x.shape[axis]:
+            x = along(e, x, axis, _means(e, x.shape[axis], size))
     return e.cast(x, e.out.dtype)
 
 
@@ -56,7 +51,7 @@ def adaptive_max_pool(e: Emitter, x: Ref, output_size: Sequence[Dim]) -> list[Re
     if all(isinstance(d, int) for d in (*sizes, *output_size)):
         return _uneven_max(e, x, [int(s) for s in sizes], [int(o) for o in output_size])
     for axis, size in zip(axes, output_size, strict=True):
-        x = x if size == x.shape[axis] else _slices(e, "max_reduce", x, axis, size)
+        x = x if size == x.shape[axis] else _slices(e, x, axis, size)
     return [x]
 
 
@@ -70,9 +65,26 @@ def _even(x: Ref, output_size: Sequence[Dim]) -> Windows | None:
     return Windows(size, size, [1] * len(size), [(0, 0)] * len(size))
 
 
-def _means(before: int, after: int) -> torch.Tensor:
-    """(after, before): what torch makes of each unit vector."""
-    return torch.nn.functional.adaptive_avg_pool1d(torch.eye(before)[None], after)[0].T
+def _means(e: Emitter, before: Dim, after: Dim) -> torch.Tensor | Ref:
+    """(after, before): what torch makes of each unit vector; of dynamic sizes, 1 / length inside of each window."""
+    if isinstance(before, int) and isinstance(after, int):
+        return torch.nn.functional.adaptive_avg_pool1d(torch.eye(before)[None], after)[0].T
+    inputs, outputs = e.scalar(before, torch.int64), e.scalar(after, torch.int64)
+
+    def times(factor: Ref) -> Ref:
+        return e.binary("mul", factor, inputs, torch.int64)
+
+    def over(total: Ref) -> Ref:
+        return e.unsqueeze(e.binary("div", total, outputs, torch.int64), [1])
+
+    index = e.arange(0, 1, after, torch.int64)
+    begin = over(times(index))
+    rest = e.binary("sub", outputs, 1, torch.int64) if isinstance(outputs, Ref) else outputs - 1
+    end = over(e.binary("add", times(e.binary("add", index, 1, torch.int64)), rest, torch.int64))
+    position = e.unsqueeze(e.arange(0, 1, before, torch.int64), [0])
+    inside = e.op("and", e.op("ge", position, begin, dtype=torch.bool), e.op("lt", position, end, dtype=torch.bool))
+    length = e.cast(e.op("sub", end, begin), torch.float32)
+    return e.op("div", e.cast(inside, torch.float32), length)
 
 
 def _bounds(before: Dim, after: int, index: int) -> tuple[Dim, Dim]:
@@ -82,7 +94,7 @@ def _bounds(before: Dim, after: int, index: int) -> tuple[Dim, Dim]:
     return FloorDiv(index * before, after), FloorDiv((index + 1) * before + after - 1, after)
 
 
-def _slices(e: Emitter, reduce: str, x: Ref, axis: int, after: Dim) -> Ref:
+def _slices(e: Emitter, x: Ref, axis: int, after: Dim) -> Ref:
     """A slice and a reduction a window."""
     if not isinstance(after, int):
         raise e.refuse("adaptive pooling to a dynamic size: the number of windows must be static")
@@ -90,7 +102,7 @@ def _slices(e: Emitter, reduce: str, x: Ref, axis: int, after: Dim) -> Ref:
     parts = []
     for index in range(after):
         begin, end = _bounds(x.shape[axis], after, index)
-        parts.append(e.op(reduce, e.slice(x, axis, begin, end - begin), out=shape, axes=[axis]))
+        parts.append(e.op("max_reduce", e.slice(x, axis, begin, end - begin), out=shape, axes=[axis]))
     return e.op("concat", parts, out=(*shape[:axis], after, *shape[axis + 1 :]), dtype=x.dtype, axis=axis)
 
 

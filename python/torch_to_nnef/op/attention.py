@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -39,22 +38,36 @@ def scaled_dot_product_attention(
         raise e.refuse("dropout in attention; put the model in eval mode")
     if enable_gqa:
         key, value = (_repeat_heads(e, side, query) for side in (key, value))
-    query, key, value = (e.lift(side, len(e.out.shape)) for side in (query, key, value))
+    query, key, value = (e.lift(e.cast(side, torch.float32), len(e.out.shape)) for side in (query, key, value))
     rows, features = query.shape[-2:]
     if scale is None:
         if not isinstance(features, int):
             raise e.refuse("the head size is dynamic; give scale=")
         scale = 1 / math.sqrt(features)
-    attributes: dict[str, Any] = {"scale": float(scale), "axis": query.rank - 1}
     mask = _causal(e, rows, key.shape[-2]) if is_causal else attn_mask
+    operator, masks = _masks(e, mask, query.rank)
+    result = e.op(
+        operator,
+        query,
+        key,
+        value,
+        *masks,
+        out=e.out.shape,
+        dtype=torch.float32,
+        scale=float(scale),
+        axis=query.rank - 1,
+    )
+    return e.cast(result, e.out.dtype)
+
+
+def _masks(e: Emitter, mask: Ref | None, rank: int) -> tuple[str, list[Ref]]:
+    """The fragment for a kind of mask, and what it takes behind query, key and value."""
     if mask is None:
-        return e.op("t2n_attention", query, key, value, out=e.out.shape, **attributes)
-    mask = e.lift(mask, query.rank)
+        return "t2n_attention", []
     if mask.dtype is not torch.bool:
-        return e.op("t2n_attention_biased", query, key, value, mask, out=e.out.shape, **attributes)
-    masked = torch.finfo(query.dtype).min if query.dtype is torch.float16 else _MASKED
-    constants = [e.constant(torch.full([1] * query.rank, v, dtype=query.dtype), "scalar") for v in (masked, 0.0)]
-    return e.op("t2n_attention_masked", query, key, value, mask, *constants, out=e.out.shape, **attributes)
+        return "t2n_attention_biased", [e.lift(e.cast(mask, torch.float32), rank)]
+    constants = [e.constant(torch.full([1] * rank, v), "scalar") for v in (_MASKED, 0.0)]
+    return "t2n_attention_masked", [e.lift(mask, rank), *constants]
 
 
 @lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)

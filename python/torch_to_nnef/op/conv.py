@@ -67,9 +67,7 @@ def _conv(
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
     result = e.op(
         "conv",
-        x,
-        weight,
-        *biases,
+        *summed_in_f32(e, x, weight, *biases),
         out=e.out.shape if batched else (1, *e.out.shape),
         border="constant",
         padding=padding,
@@ -77,7 +75,13 @@ def _conv(
         dilation=per_axis(dilation, spatial),
         groups=groups,
     )
+    result = e.cast(result, e.out.dtype)
     return result if batched else e.squeeze(result, [0])
+
+
+def summed_in_f32(e: Emitter, *operands: Ref) -> list[Ref]:
+    """Operands for which tract sums products as torch does: in f16 it rounds every one. Packed weights are left as they are."""
+    return [t if e.is_quantized(t) else e.cast(t, torch.float32) for t in operands]
 
 
 @lowers(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -133,10 +137,9 @@ def transposed(
         x = e.op("pad", x, out=shape, padding=[(0, 0), (0, 0), *((0, z) for z in zeros)], border="constant", value=0.0)
     behind = [p + z * s - m for p, z, s, m in zip(padding, zeros, stride, more, strict=True)]
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
-    # Summed in f32: in f16 every product would be rounded.
     image = e.op(
         "deconv",
-        *(e.cast(operand, torch.float32) for operand in (x, weight, *biases)),
+        *summed_in_f32(e, x, weight, *biases),
         out=out,
         border="constant",
         padding=list(zip(padding, behind, strict=True)),

@@ -59,7 +59,7 @@ def col2im(
     left = [
         size + 2 * p - d * (k - 1) - 1 - (c - 1) * s for (size, k, s, p, d), c in zip(geometry, counts, strict=True)
     ]
-    more = [n for n in left if isinstance(n, int)]
+    more = [int(n) for n in left if isinstance(n, int) or n.is_Integer]
     if len(more) < len(left):
         raise e.refuse("folding into a dynamic size that the windows may not fill; use stride 1 or a static size")
     lead = e.out.shape[:-2]

@@ -61,24 +61,12 @@ def _ratio(e: Emitter, inner: Dim, outer: Dim) -> Ref:
 
 @lowers(aten.affine_grid_generator.default)
 def affine_grid_generator(e: Emitter, theta: Ref, size: Sequence[Dim], align_corners: bool) -> Ref:
-    """The positions theta (N, axes, axes + 1) @ (x, y.., 1) of a regular grid over `size`."""
-    spatial = tuple(size[2:])
+    """The positions theta (N, axes, axes + 1) @ (x, y.., 1) of a regular grid over `size`, which torch fixes at export."""
+    spatial = [d for d in size[2:] if isinstance(d, int)]
     axes = len(spatial)
-    columns = []
-    for axis in reversed(range(axes)):
-        line = e.unsqueeze(_line(e, spatial[axis], align_corners), [a for a in range(axes) if a != axis])
-        columns.append(e.unsqueeze(e.broadcast_to(line, spatial), [axes]))
-    columns.append(e.broadcast_to(e.full(1.0, torch.float32), (*spatial, 1)))
-    points = e.op("concat", columns, out=(*spatial, axes + 1), dtype=torch.float32, axis=axes)
+    if axes != len(size) - 2:
+        raise e.refuse("a grid of dynamic size")
+    regular = aten.affine_grid_generator(torch.eye(axes, axes + 1)[None], [1, 1, *spatial], align_corners)[0]
+    points = e.constant(torch.cat([regular, torch.ones(*spatial, 1)], -1), "grid")
     expr = {2: "xyk,nok->nxyo", 3: "xyzk,nok->nxyzo"}[axes]
     return contract(e, [points, theta], expr, e.out.shape)
-
-
-def _line(e: Emitter, size: Dim, align_corners: bool) -> Ref:
-    """From -1 to 1: the corners of `size` positions, or the centres of as many cells; 0 if there is one."""
-    doubled = e.arange(0, 2, size, torch.float32)
-    gaps = e.scalar(size - 1, torch.float32)
-    span = e.op("max", gaps, 1.0) if isinstance(gaps, Ref) else max(gaps, 1.0)
-    return e.binary(
-        "div", e.binary("sub", doubled, gaps, torch.float32), span if align_corners else size, torch.float32
-    )

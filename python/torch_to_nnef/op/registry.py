@@ -55,6 +55,7 @@ _FAMILIES = (
     "search",
     "shape",
     "signal",
+    "small_matrix",
     "sort",
     "special",
     "stft",
