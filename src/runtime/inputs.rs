@@ -27,7 +27,9 @@ pub fn check(model: &TypedModel, facts: &[Fact], inputs: &[Input<'_>]) -> Result
     // tract reasons with its assertions, but does not check them.
     for asserted in model.symbols.all_assertions() {
         if asserted.check(&sizes.values) == Some(false) {
-            return invalid(format!("the archive holds only where {asserted}: it cannot compute inputs of these sizes"));
+            return invalid(format!(
+                "the archive holds only where {asserted}: it cannot compute inputs of these sizes"
+            ));
         }
     }
     Ok(sizes.values)

@@ -184,6 +184,18 @@ def test_a_size_that_is_one_by_chance_is_not_fixed(tmp_path):
     export(lambda x: x[::2].reshape(-1)[1:], tmp_path, torch.ones(2, 3))
 
 
+def fixed_below_a_bound(x):
+    if x.shape[0] > 8:
+        return x + 1
+    return x * int(x.shape[0])
+
+
+def test_a_larger_trace_that_takes_another_branch_is_no_way_out(tmp_path):
+    with pytest.raises(T2NErrorDynamicShapeValue, match="fixed a dimension") as raised:
+        export(fixed_below_a_bound, tmp_path)
+    assert_reports(raised, "return x * int(x.shape[0])", "became 4")
+
+
 def bounded(x):
     if x.shape[0] > 6:
         return x * 2

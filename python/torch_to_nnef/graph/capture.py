@@ -110,14 +110,17 @@ def capture(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Us
     except T2NErrorDynamicShapeValue:
         # At small sizes derived ones are 1, which torch burns in; multiples keep what models demand of sizes.
         with contextlib.suppress(T2NError):
-            return _capture(model, inputs, whole or {}, {name: 4 * size for name, size in sizes.items()})
+            larger = _capture(model, inputs, whole or {}, {name: 4 * size for name, size in sizes.items()})
+            if all(limit.holds(inputs.sizes()) for limit in larger.limits):
+                return larger
         raise
 
 
 def _capture(
     model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Uses], sizes: Mapping[str, int]
 ) -> Captured:
-    args, kwargs = inputs.resized(sizes).unflatten(inputs.resized(sizes).tensors)
+    traced = inputs.resized(sizes)
+    args, kwargs = traced.unflatten(traced.tensors)
     leaves = [dict.fromkeys(axes, Dim.DYNAMIC) for axes in inputs.axes]
     dims = _by_parameter(model, *inputs.unflatten(leaves))
     watch = Watch(_axes(model, inputs), module_names(model))

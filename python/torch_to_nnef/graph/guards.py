@@ -128,6 +128,10 @@ class Limit:
     condition: sympy.Basic
     place: Place | None
 
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether `sizes` of the axes are within."""
+        return bool(self.condition.subs({symbol: sizes[str(symbol)] for symbol in self.condition.free_symbols}))
+
     def assertion(self) -> str:
         """As tract's `tract_assert` has it."""
         left, right = self.condition.args

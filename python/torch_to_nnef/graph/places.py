@@ -54,10 +54,10 @@ def module_names(model: nn.Module) -> dict[int, str]:
 
 def running_place(modules: Mapping[int, str]) -> tuple[Place | None, bool]:
     """The user's innermost line, and whether a line of theirs, not one of torch's operators, asked what a size is."""
-    frames = list(_outward(sys._getframe(1)))
-    files = (frame.f_code.co_filename for frame, _ in frames)
+    here = sys._getframe(1)
+    files = (frame.f_code.co_filename for frame, _ in _outward(here))
     asked = next((f for f in files if f == interpreter.__file__ or not f.startswith((*_MACHINERY, _OURS))), _TORCH)
-    return _innermost(frames, modules), not asked.startswith(_TORCH)
+    return _innermost(_outward(here), modules), not asked.startswith(_TORCH)
 
 
 def raised(error: BaseException, modules: Mapping[int, str]) -> Place | None:
