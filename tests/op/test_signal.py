@@ -53,6 +53,7 @@ ROWS = [
     row("fftshift_complex", lambda t: fft.ifftshift(fft.fftshift(t, 1)), z(2, 12)),
     row("fftfreq", lambda t: t * fft.fftfreq(12) + fft.rfftfreq(22, d=0.1), x(2, 12), axes=B),
     row("round_trip_any_length", lambda t: fft.irfft(fft.rfft(t) * (1 + 1j), n=t.shape[1]), x(2, 13)),
+    row("convolution_any_length", lambda t: fft.irfft(fft.rfft(t, n=2 * t.shape[1]) ** 2, n=2 * t.shape[1]), x(2, 13)),
     row("stft", lambda t: spectra(t).abs().pow(2), x(2, 64)),
     row("stft_of_one", spectra, x(64), axes={0: "T"}),
     row("stft_without_window", lambda t: torch.stft(t, 16, normalized=True, return_complex=True), x(2, 64)),
