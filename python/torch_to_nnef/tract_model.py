@@ -113,7 +113,7 @@ def _as_array(name: str, value: object) -> NDArray[Any]:
     if torch is not None and isinstance(value, torch.Tensor):
         if value.dtype in (torch.bfloat16, torch.complex64, torch.complex128) or value.is_quantized:
             raise T2NErrorInvalidArgument(
-                f"input {name!r}: tract has no {value.dtype}; convert it first, e.g. with .float()"
+                f"input {name!r}: tract has no {value.dtype}; convert it first, e.g. with .float() or torch.view_as_real"
             )
         value = value.detach().cpu().numpy()
     if not isinstance(value, (np.ndarray, np.generic)):

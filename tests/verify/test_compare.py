@@ -135,9 +135,11 @@ def test_other_shapes_and_dtypes_are_not_compared(actual, reason):
     assert reason in str(result)
 
 
-def test_complex_values_are_refused():
-    reference = torch.zeros(2, dtype=torch.complex64)
-    assert compare(reference, reference.numpy(), EXACT).reason == "complex64 values cannot be compared"
+def test_complex_values_are_compared_as_pairs():
+    reference = torch.tensor([1 + 2j, 3 - 4j]).conj()
+    assert compare(reference, np.array([[1, -2], [3, 4]], np.float32), EXACT).ok
+    assert compare(reference, np.array([[1, 2], [3, 4]], np.float32), EXACT).worst_index == (0, 1)
+    assert "shape is [2]" in str(compare(reference, reference.resolve_conj().numpy(), EXACT))
 
 
 def test_half_precision_has_its_own_bounds():

@@ -89,7 +89,8 @@ def _computed(node: Node, known: dict[str, torch.Tensor]) -> torch.Tensor:
     args, kwargs = pytree.tree_map(
         lambda leaf: known[leaf.name] if isinstance(leaf, Value) else leaf, (node.args, dict(node.kwargs))
     )
-    return node.target(*args, **kwargs).resolve_conj().resolve_neg().contiguous()
+    result: torch.Tensor = node.target(*args, **kwargs)
+    return result.resolve_conj().resolve_neg().contiguous()
 
 
 def live(nodes: list[Node], outputs: tuple[Value, ...]) -> list[Node]:

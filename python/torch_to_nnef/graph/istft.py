@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ def _compute(*args: Any) -> Tensor:
     return _torch_istft(*args)
 
 
-@torch.library.register_fake("t2n::istft")
 def _shape(spectrum: Tensor, *args: Any) -> Tensor:
     length, return_complex = args[-2:]
     dtype = spectrum.dtype if return_complex else spectrum.dtype.to_real()
     return spectrum.new_empty((*spectrum.shape[:-2], length), dtype=dtype)
+
+
+torch.library.register_fake("t2n::istft", _shape)
 
 
 def istft(
@@ -43,5 +46,7 @@ def istft(
 ) -> Tensor:
     """torch.istft, as the operator above where the length is symbolic."""
     options = (n_fft, hop_length, win_length, window, center, normalized, onesided)
-    function = torch.ops.t2n.istft.default if isinstance(length, torch.SymInt) else _torch_istft
+    function: Callable[..., Tensor] = _torch_istft
+    if isinstance(length, torch.SymInt):
+        function = torch.ops.t2n.istft.default
     return function(input, *options, length, return_complex)

@@ -270,8 +270,8 @@ def _equality(operator: str, reduce: str) -> Lowering:
         """Both parts compared."""
         refs = [side for side in (x, other) if isinstance(side, Ref)]
         dtype = next((r.dtype for r in refs if r.dtype.is_complex), torch.complex64)
-        sides = [_planes(e, side, dtype) for side in (x, other)]
-        parts = e.binary(operator, *sides, sides[0].dtype, result=torch.bool)
+        left, right = (_planes(e, side, dtype) for side in (x, other))
+        parts = e.binary(operator, left, right, left.dtype, result=torch.bool)
         axis = parts.rank - 1
         return e.squeeze(e.op(reduce, parts, out=(*parts.shape[:-1], 1), axes=[axis]), [axis])
 
@@ -299,7 +299,10 @@ def _stored(e: Emitter, value: Scalar | complex, dtype: torch.dtype) -> Ref:
 
 def _planes(e: Emitter, side: Number, dtype: torch.dtype) -> Ref:
     """The real layout of a tensor or a number."""
-    return real_layout(promote(e, side, dtype)) if isinstance(side, Ref) else _stored(e, side, dtype)
+    if isinstance(side, (int, float, complex)):
+        return _stored(e, side, dtype)
+    ref = side if isinstance(side, Ref) else e.scalar(side, dtype.to_real())
+    return real_layout(promote(e, ref, dtype))  # type: ignore[arg-type]  # a dimension makes a tensor
 
 
 def _fragment(e: Emitter, operator: str, *operands: Ref) -> Ref:

@@ -19,16 +19,24 @@ def _unary(re: str, im: str, *before: str) -> Fragment:
 COMPLEX_FRAGMENTS: Mapping[str, Fragment] = {
     "t2n_complex_re": (_UNARY, ["y = slice(z, axes = [axis], begin = [0], end = [1]);"]),
     "t2n_complex_im": (_UNARY, ["y = slice(z, axes = [axis], begin = [1], end = [2]);"]),
-    # These two keep the last axis, at size 1.
-    "t2n_complex_abs": (_UNARY, ["y = sqrt(sum_reduce(square(z), axes = [axis]));"]),
+    # These two keep the last axis, at size 1. The magnitude is that of a value scaled to 1, whose square is a number.
+    "t2n_complex_abs": (
+        _UNARY,
+        [
+            "larger = max_reduce(abs(z), axes = [axis]);",
+            "unit = min(max(larger, 1e-30), 1e38);",
+            "y = sqrt(sum_reduce(square(z / unit), axes = [axis])) * unit;",
+        ],
+    ),
     "t2n_complex_angle": (
         _UNARY,
         [
             *_PARTS,
-            "half = atan(im / re);",
-            "turned = select(im < 0.0, half - 3.1415927, half + 3.1415927);",
-            "flat = im == 0.0;",  # in an argument, tract reads `im =` as its name
-            "y = select(re < 0.0, turned, select(flat, im, half));",
+            "steep = atan(abs(im) / abs(re));",
+            "turned = select(re < 0.0, neg(steep) + 3.1415927, steep);",
+            "reach = abs(re) + abs(im);",
+            "nowhere = reach == 0.0;",  # in an argument, tract reads `reach =` as its name
+            "y = select(nowhere, reach, select(im < 0.0, neg(turned), turned));",
         ],
     ),
     "t2n_complex_conj": _unary("re", "neg(im)"),

@@ -109,6 +109,9 @@ _LAYOUT = frozenset(
 _OVER_DIMS = {aten.mean.default: aten.mean.dim, aten.sum.default: aten.sum.dim_IntList}
 
 
+_ALONG_AXES = frozenset(
+    {*_OVER_DIMS.values(), aten.cumsum.default, aten.flip.default, aten.index_select.default, aten.roll.default}
+)
 # Operators that are bilinear in two operands -> their names.
 _PRODUCTS: Mapping[OpOverload, tuple[str, str]] = {
     aten.bmm.default: ("self", "mat2"),
@@ -118,6 +121,7 @@ _PRODUCTS: Mapping[OpOverload, tuple[str, str]] = {
     aten.matmul.default: ("self", "other"),
     aten.mm.default: ("self", "mat2"),
 }
+_CHANNELS_SECOND = frozenset({aten.conv1d.default, aten.conv2d.default})
 
 
 class ComplexTable(OpTable):
@@ -160,16 +164,18 @@ def _product(e: Emitter, node: Node, given: dict[str, Any]) -> Ref:
     """(a + bi)(c + di) = ac - bd + (ad + bc)i, and a bias that is added."""
     left, right = _PRODUCTS[node.target]
     a, b, c, d = (part(e, given[name], index) for name in (left, right) for index in (0, 1))
-    bias = given.pop("bias", None)
-    if bias is not None:
-        raise e.refuse("a bias on complex values; add it to the result")
+    bias: Ref | None = given.pop("bias", None)
     out = node.outputs[0]
     with seen_as(e, Value(out.name, out.shape, a.dtype)) as real:
         ac, bd, ad, bc = (
             OPS.lower(e, real, (), {**given, left: x, right: y}) for x, y in ((a, c), (b, d), (a, d), (b, c))
         )
-        re, im = e.op("sub", ac, bd), e.op("add", ad, bc)
-    return join(e, re, im)
+        product = join(e, e.op("sub", ac, bd), e.op("add", ad, bc))
+    if bias is None:
+        return product
+    behind = len(out.shape) - 2 if node.target in _CHANNELS_SECOND else 0
+    column = e.unsqueeze(real_layout(bias), list(range(1, 1 + behind)))
+    return as_complex(e.binary("add", real_layout(product), column, column.dtype))
 
 
 def _in_layout(e: Emitter, node: Node, given: dict[str, Any]) -> Ref | list[Ref]:
@@ -177,10 +183,10 @@ def _in_layout(e: Emitter, node: Node, given: dict[str, Any]) -> Ref | list[Ref]
     first = next(leaf for leaf in pytree.tree_leaves(list(given.values())) if isinstance(leaf, Ref))
     rank = max(first.rank, len(node.outputs[0].shape))
     target = node.target
-    if target in _OVER_DIMS:
-        target = _OVER_DIMS[target]
-        given["dim"] = None
-    if target in _OVER_DIMS.values() and first.rank == 0:
+    target = _OVER_DIMS.get(target, target)
+    if target in _OVER_DIMS.values() and not given.get("dim"):
+        given["dim"] = list(range(first.rank))
+    if target in _ALONG_AXES and first.rank == 0:  # has none
         return promote(e, first, node.outputs[0].dtype)
     if target is aten.roll.default and not given.get("dims"):  # flattened: a step is both parts
         given["shifts"] = [2 * shift for shift in given["shifts"]]
@@ -202,8 +208,8 @@ def _argument(e: Emitter, name: str, value: Any, rank: int, dtype: torch.dtype) 
         return [real_layout(promote(e, part, dtype)) for part in value if part.shape != (0,)]
     if name in {"dim", "dim0", "dim1"} and isinstance(value, int):
         return value % max(rank, 1)
-    if name in _LISTS and (value is None or isinstance(value, Sequence)):
-        return _LISTS[name](value or (), rank)
+    if name in _LISTS and isinstance(value, Sequence):
+        return _LISTS[name](value, rank)
     if name == "value" and value:
         raise e.refuse(f"padding with {value} on complex values; pad the parts, torch.view_as_real")
     return value
@@ -215,7 +221,7 @@ def _front(dims: Sequence[int], rank: int) -> list[int]:
 
 # Arguments that are lists.
 _LISTS: Mapping[str, Callable[[Sequence[Any], int], list[Any]]] = {
-    "dim": lambda dims, rank: _front(dims or range(rank), rank),
+    "dim": _front,
     "dims": _front,
     "pad": lambda amounts, rank: [0, 0, *amounts],
     "repeats": lambda repeats, rank: [*repeats, 1],

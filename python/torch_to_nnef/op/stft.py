@@ -129,6 +129,15 @@ def _overlap_add(e: Emitter, frames: Ref, hop: int) -> Ref:
     cut = e.op("transpose", cut, out=(batch, rows, count, hop * parts), axes=[0, 2, 1, 3])
     identity = e.constant(torch.eye(rows, dtype=frames.dtype).reshape(1, rows, rows, 1), "overlap")
     total = (batch, 1, count + rows - 1, hop * parts)
-    zeros = {"padding": [(0, 0), (0, 0)], "stride": [1, 1], "dilation": [1, 1]}
-    added = e.op("deconv", cut, identity, out=total, border="constant", groups=1, **zeros)
+    added = e.op(
+        "deconv",
+        cut,
+        identity,
+        out=total,
+        border="constant",
+        padding=[(0, 0), (0, 0)],
+        stride=[1, 1],
+        dilation=[1, 1],
+        groups=1,
+    )
     return e.reshape(added, (batch, (count + rows - 1) * hop, parts))

@@ -99,8 +99,8 @@ def compare(
 ) -> OutputComparison:
     """Compare `actual` with `reference` (any shape; float, integer or bool) in f64, a bounded chunk at a time.
 
-    A bf16 reference is compared as f32, within the bounds of half precision. NaN equals NaN, an infinity equals the one
-    of its sign; any other pair with a non-finite value is outside and makes `max_abs` and `rmse` infinite, while
+    A complex reference is compared as pairs, a bf16 one as f32, within the bounds of half precision. NaN equals NaN, an
+    infinity the one of its sign; any other pair with a non-finite value is outside and makes `max_abs` and `rmse` infinite, while
     cosine and RMS cover the pairs of finite values. Integers and booleans are outside when they are not equal.
     A quantized reference is compared dequantized, to within one step from `approximate` on; `actual` may be integers.
     """
