@@ -22,7 +22,7 @@ from torch_to_nnef.graph.conds import inline_conds
 from torch_to_nnef.graph.explain import explain, keeps_state
 from torch_to_nnef.graph.guards import Axis, Limit, Watch, limits
 from torch_to_nnef.graph.inputs import Inputs
-from torch_to_nnef.graph.patches import symbolic_max_pool1d
+from torch_to_nnef.graph.patches import symbolic_sizes
 from torch_to_nnef.graph.places import module_names
 from torch_to_nnef.graph.torchscript import interpreted_functions
 
@@ -112,7 +112,7 @@ def _capture(model: nn.Module, inputs: Inputs, sizes: Mapping[str, int]) -> Capt
     with contextlib.ExitStack() as stack:
         for patch in (
             eval_mode(model),
-            symbolic_max_pool1d(),
+            symbolic_sizes(),
             interpreted_functions(),
             torch.no_grad(),
             watch.running(),

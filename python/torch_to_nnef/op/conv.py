@@ -67,7 +67,7 @@ def _conv(
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
     result = e.op(
         "conv",
-        x,
+        e.beside(weight, x),
         weight,
         *biases,
         out=e.out.shape if batched else (1, *e.out.shape),

@@ -45,6 +45,7 @@ _FAMILIES = (
     "reduce",
     "refused",
     "resize",
+    "rnn",
     "scan",
     "scatter",
     "shape",
