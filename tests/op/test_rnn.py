@@ -225,7 +225,9 @@ class Repeated(nn.Module):
 
     def forward(self, frames):
         count = frames.shape[0]
-        return self.layer(self.query.expand(count, -1, -1)), self.layer(torch.zeros(count, 8)) + frames
+        least = torch.maximum(torch.tensor(0.25), frames.mean()).expand(count, 8)
+        zeros = torch.zeros(count, 3, 8)[:, 1]
+        return self.layer(self.query.expand(count, -1, -1)), self.layer(zeros) + frames, self.layer(least)
 
 
 def test_products_of_broadcasts_keep_their_batch(tmp_path):

@@ -110,7 +110,7 @@ class Emitter:
         tract 0.23.9 turns the product of a matrix and a concatenation into a sum of products (optim/concat_then_einsum.rs), and
         panics where that slices packed blocks: something it does not look through keeps the two apart.
         """
-        maker = self._origin(x)
+        maker = self._makers.get(self._viewed(x).id)
         if self.is_quantized(weight) and maker is not None and maker.operator in {"concat", "stack"}:
             return self.op("t2n_apart", x, hint="apart")
         return x
@@ -121,25 +121,23 @@ class Emitter:
         For products: tract 0.23.9 drops a broadcast in front of an einsum, and with it the size of the result
         (declutter_broadcast in ops/einsum/mod.rs).
         """
-        maker = self._origin(x)
+        maker = self._makers.get(self._viewed(x).id)
         if maker is None or maker.operator != "tract_core_broadcast":
             return x
         repeated: Ref = maker.args[0]
         if maker.results == (x.id,) and repeated.shape[-1] == x.shape[-1]:
             return repeated
-        first = self._origin(repeated)
-        scalar = self.variables.get(repeated.id if first is None else first.args[0].id)
+        scalar = self.variables.get(self._viewed(repeated).id)
         if scalar is None or scalar.tensor.numel() > 1 or not isinstance(x.shape[-1], int):
             return x
         row = torch.full((*[1] * (x.rank - 1), x.shape[-1]), scalar.tensor.item(), dtype=x.dtype)
         return self.constant(row, "row")
 
-    def _origin(self, x: Ref) -> Statement | None:
-        """The statement that made the values of `x`, seen through views; for a stored tensor the first view of it."""
-        maker = self._makers.get(x.id)
-        while maker is not None and maker.operator in _MOVES and maker.args[0].id in self._makers:
-            maker = self._makers[maker.args[0].id]
-        return maker
+    def _viewed(self, x: Ref) -> Ref:
+        """What `x` is a view of, however often."""
+        while (maker := self._makers.get(x.id)) and maker.operator in _MOVES and isinstance(maker.args[0], Ref):
+            x = maker.args[0]
+        return x
 
     def product(self, operands: list[Ref], expr: str) -> Ref:
         """The einsum that gives the node's output, summed in f32."""
