@@ -17,6 +17,9 @@ const MAX_OPERATIONS: u64 = 100_000;
 /// Literal amount in `pad` and `tile`, whose outputs tract allocates without a question.
 const MAX_AMOUNT: i64 = 1 << 24;
 
+/// Applies a fragment, named in a string, to every step of a tensor.
+const SCAN: &str = "tract_core_scan";
+
 /// Operators that tract calls by name from operator signs and from its own fragments: redefining one can make a cycle.
 #[rustfmt::skip] // one name a line would take a page
 pub const RESERVED: &[&str] = &[
@@ -82,6 +85,8 @@ struct Definition<'a> {
     operations: u64,
     /// What its body applies or names in a string (the body of a scan), and how often.
     names: BTreeMap<Cow<'a, str>, u64>,
+    /// Fragments that its scans name as their bodies.
+    scanned: Vec<Cow<'a, str>>,
 }
 
 /// An open bracket.
@@ -211,7 +216,14 @@ impl<'a> Scan<'a> {
         self.at = end + 1;
         self.operand = true;
         let raw = &self.text[start..end];
-        self.named(if raw.contains('\\') { Cow::Owned(unescape(raw)) } else { Cow::Borrowed(raw) })
+        let text = if raw.contains('\\') { Cow::Owned(unescape(raw)) } else { Cow::Borrowed(raw) };
+        // The other strings of a scan are in its tuples.
+        if self.levels.last().is_some_and(|level| level.applied == SCAN)
+            && let Some(definition) = self.definitions.last_mut()
+        {
+            definition.scanned.push(text.clone());
+        }
+        self.named(text)
     }
 
     fn identifier(&mut self) -> Checked<()> {
@@ -309,11 +321,16 @@ fn unescape(raw: &str) -> String {
     std::iter::from_fn(|| chars.next().and_then(|c| if c == '\\' { chars.next() } else { Some(c) })).collect()
 }
 
-/// Refuses cycles between fragments, and what grows too deep or too large when they are expanded.
+/// Refuses scans without a body, cycles between fragments, and what grows too deep or too large when they are expanded.
 fn expand(definitions: &[Definition]) -> Checked<()> {
     let mut by_name: HashMap<&str, Vec<usize>> = HashMap::new();
     for (index, definition) in definitions.iter().enumerate() {
         by_name.entry(&definition.name).or_default().push(index);
+    }
+    for definition in definitions {
+        if let Some(body) = definition.scanned.iter().find(|body| !by_name.contains_key(&***body)) {
+            return Err(format!("{}: there is no fragment {body:?} for the body of a scan", definition.name));
+        }
     }
     let mut expansion = Expansion { definitions, by_name, sizes: vec![Size::Unknown; definitions.len()] };
     (0..definitions.len()).try_for_each(|index| expansion.size(index, 0).map(drop))

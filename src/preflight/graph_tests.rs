@@ -85,6 +85,36 @@ fn fragments_may_not_apply_themselves() {
 }
 
 #[test]
+fn the_body_of_a_scan_is_a_fragment_of_the_file() {
+    let step = "fragment step(x: tensor<scalar>, h: tensor<scalar>) -> (next: tensor<scalar>) { next = x + h; }\n";
+    let scan = |body: &str| {
+        format!(
+            "[y, last] = tract_core_scan({body}, [(\"x\", x, 0, 1)], [], [(\"h\", x, \"next\")], \
+             [(\"next\", \"full\", 0, 1), (\"next\", \"last\", 0, 1)]);"
+        )
+    };
+    for body in ["\"step\"", "body = \"step\"", "\"st\\ep\""] {
+        check(&document(step, &scan(body))).unwrap();
+    }
+    for body in ["\"stop\"", "body = \"stop\"", "# comment\n \"stop\""] {
+        let why = refusal(step, &scan(body));
+        assert!(why.contains("no fragment \"stop\""), "{why}");
+    }
+    let inner = |name: &str, body: &str| {
+        format!("fragment {name}(x: tensor<scalar>) -> (y: tensor<scalar>) {{ {} }}\n", scan(body))
+    };
+    assert!(refusal(&inner("a", "\"a\""), &scan("\"a\"")).contains("applies itself"));
+    let cycle = inner("a", "\"b\"") + &inner("b", "body = \"a\"");
+    assert!(refusal(&cycle, &scan("\"a\"")).contains("applies itself"));
+    // A scan in a fragment nobody applies is looked at too, and what bodies hold is counted.
+    assert!(refusal(&inner("a", "\"stop\""), "y = x;").contains("no fragment"));
+    let double = |i: usize| {
+        format!("fragment f{i}(a: scalar) -> (b: scalar) {{ b = scan(a, \"f{0}\"); c = f{0}(b); }}\n", i + 1)
+    };
+    assert!(refusal(&(0..40).map(double).collect::<String>(), &scan("\"f0\"")).contains("operations"));
+}
+
+#[test]
 fn what_fragments_multiply_into_is_bounded() {
     let double = |i: usize| format!("fragment f{i}(a: scalar) -> (b: scalar) {{ b = f{0}(a); c = f{0}(b); }}\n", i + 1);
     let fragments: String = (0..40).map(double).collect();

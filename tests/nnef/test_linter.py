@@ -1,5 +1,7 @@
 """Uses of packed weights that tract computes wrongly are refused; each was seen wrong, or crashing, in tract 0.23.9."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,6 +47,7 @@ ILLEGAL = [
     ("tract_core_cast", (W,), {"to": "f16"}),
     ("add", (X, W), {}),
     ("concat", ([W, X],), {"axis": 0}),
+    ("tract_core_scan", ("body", [("x", X, 0, 1)], [("w", W)], [("h", X, "y")], [("y", "full", 0, 1)]), {}),
 ]
 
 
@@ -66,3 +69,31 @@ def test_every_rule_has_a_legal_use():
 def test_a_packed_output_is_refused():
     with pytest.raises(T2NErrorConsistency, match="cannot be an output"):
         lint(document("linear", (X, W), outputs=("w",)))
+
+
+PRODUCT = 'y = tract_core_einsum([w, x], expr = "nk,ak->an", acc = "f32");'
+
+
+def with_fragment(*body):
+    lines = ('w = variable<scalar>(label = "encoder.layer.weight", shape = [64, 64]);', *body)
+    signature = "(x: tensor<scalar>) -> (y: tensor<scalar>)"
+    return replace(document("relu", (X,)), fragments={"step": (signature, lines)})
+
+
+def test_a_packed_variable_of_a_fragment_may_be_the_first_operand_of_an_einsum():
+    lint(with_fragment(PRODUCT))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        PRODUCT.replace("nk,ak", "kn,ak"),
+        PRODUCT.replace("w, x", "x, w"),
+        "y = matmul(w, x);",
+        "y = w + x;",
+        f"{PRODUCT} z = w;",
+    ],
+)
+def test_other_uses_in_a_fragment_are_refused(line):
+    with pytest.raises(T2NErrorConsistency, match=r"encoder\.layer\.weight in fragment step"):
+        lint(with_fragment(line))

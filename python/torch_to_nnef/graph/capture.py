@@ -24,7 +24,7 @@ from torch_to_nnef.graph.explain import explain, keeps_state
 from torch_to_nnef.graph.guards import Axis, Limit, Watch, limits
 from torch_to_nnef.graph.inputs import Inputs
 from torch_to_nnef.graph.opaque import ModuleCall, Uses, kept_whole
-from torch_to_nnef.graph.patches import symbolic_max_pool1d, symbolic_sqrt
+from torch_to_nnef.graph.patches import symbolic_sizes
 from torch_to_nnef.graph.places import module_names
 from torch_to_nnef.graph.torchscript import interpreted_functions
 
@@ -127,8 +127,7 @@ def _capture(
     with contextlib.ExitStack() as stack:
         for patch in (
             eval_mode(model),
-            symbolic_max_pool1d(),
-            symbolic_sqrt(),
+            symbolic_sizes(),
             interpreted_functions(),
             torch.no_grad(),
             watch.running(),

@@ -37,6 +37,7 @@ _REASONS: Sequence[tuple[str, str, str, str]] = (
         "take the state as an input and return the new value as an output",
     ),
 )
+_UNROLLED = "\n  hint: a Python loop is unrolled; where it runs a cell step by step, give all steps to nn.LSTM, nn.GRU or nn.RNN"
 # Where torch's advice to its own developers starts.
 _ADVICE = re.compile(
     r"\n\s*\n|\nCaused by|\nFor more|\nFor extended|\nconsider using|\nThe error above|\nThe following call|\(unhinted",
@@ -58,6 +59,7 @@ def explain(error: Exception, name: str, watch: Watch) -> T2NError:
                 for axis, size, line in fixed
             )
             + "\n  hint: say sizes by x.shape instead of numbers, keep them out of int() and range(), or leave the axis out of dynamic_axes"
+            + _UNROLLED * any(line is not None and re.search(r"\bfor\b", line.source) for _, _, line in fixed)
         )
     kind, text = type(error).__name__, _ADVICE.split(str(error).strip(), maxsplit=1)[0].strip()
     source = place.source if place else ""

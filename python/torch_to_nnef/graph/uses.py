@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.opaque import weight_use
+from torch_to_nnef.graph.recurrent import recurrent
 from torch_to_nnef.quantize.targets import Use
 
 aten = torch.ops.aten
@@ -17,6 +18,9 @@ aten = torch.ops.aten
 # (op, position of the argument) -> use.
 _USES: Mapping[tuple[torch._ops.OpOverload, int], Use] = {
     (aten.linear.default, 1): Use.LINEAR,
+    (recurrent, 2): Use.LINEAR,
+    (recurrent, 3): Use.LINEAR,
+    (recurrent, 6): Use.LINEAR,
     (aten.embedding.default, 0): Use.EMBEDDING,
     (aten.conv1d.default, 1): Use.CONV,
     (aten.conv1d.padding, 1): Use.CONV,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
+
+from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorConsistency
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.op.statement import Ref, Statement, Variable
 from torch_to_nnef.tensor.quant import QTensor, q40_shape_reason
+
+_VARIABLE = re.compile(r'(\w+) = variable<scalar>\(label = "([^"]*)"')
+_EINSUM = re.compile(r'tract_core_einsum\(\[(\w+), \w+\], expr = "([^"]*)"')
+_STRING = re.compile(r'"[^"]*"')
 
 # A rule: (statement, the packed operand) -> what is wrong, or None.
 Rule = Callable[[Statement, Ref], str | None]
@@ -24,11 +31,15 @@ def _einsum(statement: Statement, weight: Ref) -> str | None:
     """
     if _refs(statement)[0].id != weight.id:
         return "the packed operand of an einsum must be its first"
-    terms, _, output = str(_attr(statement, "expr")).partition("->")
+    return _summed_axis(str(_attr(statement, "expr")))
+
+
+def _summed_axis(expr: str) -> str | None:
+    terms, _, output = expr.partition("->")
     term = terms.split(",")[0]
     summed = [axis for axis in term if axis not in output]
     if summed != [term[-1]]:
-        return f"einsum {_attr(statement, 'expr')!r} must sum over the last axis of the weight, and only over it"
+        return f"einsum {expr!r} must sum over the last axis of the weight, and only over it"
     return None
 
 
@@ -79,6 +90,7 @@ def lint(document: Document) -> None:
             fault = f"{statement.operator} has no kernel for packed weights" if rule is None else rule(statement, ref)
             if fault:
                 faults.append(f"{packed[ref.id].label} in module {statement.module_path or '<root module>'}: {fault}")
+    faults += _faults_in_fragments(document, {v.label for v in packed.values()})
     faults += [f"{v.label}: a packed weight cannot be an output" for v in packed.values() if v.id in document.outputs]
     if faults:
         raise T2NErrorConsistency(
@@ -91,8 +103,21 @@ def _shape_fault(variable: Variable) -> str | None:
     return reason and f"{variable.label}: {reason}"
 
 
+def _faults_in_fragments(document: Document, labels: Collection[str]) -> list[str]:
+    """Packed weights that are variables of a fragment, as in the body of a scan, may only be the first operand of an einsum."""
+    faults = []
+    for name, (_, lines) in document.fragments.items():
+        body = "\n".join(lines)
+        for variable, label in _VARIABLE.findall(body):
+            if label not in labels:
+                continue
+            exprs = [expr for first, expr in _EINSUM.findall(body) if first == variable]
+            reasons = [reason for expr in exprs if (reason := _summed_axis(expr))]
+            if len(re.findall(rf"\b{variable}\b", _STRING.sub("", body))) != 1 + len(exprs):
+                reasons.append("a packed variable of a fragment must be the first operand of an einsum")
+            faults += [f"{label} in fragment {name}: {reason}" for reason in reasons]
+    return faults
+
+
 def _refs(statement: Statement) -> list[Ref]:
-    flat: list[Ref] = []
-    for arg in statement.args:
-        flat += [a for a in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(a, Ref)]
-    return flat
+    return [leaf for leaf in pytree.tree_leaves(list(statement.args)) if isinstance(leaf, Ref)]

@@ -67,7 +67,7 @@ def _conv(
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
     result = e.op(
         "conv",
-        *summed_in_f32(e, x, weight, *biases),
+        *summed_in_f32(e, e.beside(weight, x), weight, *biases),
         out=e.out.shape if batched else (1, *e.out.shape),
         border="constant",
         padding=padding,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Dim, Node, Shape, Value
@@ -15,6 +16,8 @@ from torch_to_nnef.op.sizes import size
 from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 
 Scalar = int | float | bool
+# Operators that tract takes for another view of their operand, or for its own.
+_MOVES = frozenset({"copy", "reshape", "slice", "squeeze", "tract_core_cast", "transpose", "unsqueeze"})
 
 
 class Emitter:
@@ -30,6 +33,7 @@ class Emitter:
         self.statements: list[Statement] = []
         self.variables: dict[str, Variable] = {}
         self.fragments: dict[str, Fragment] = {}
+        self._makers: dict[str, Statement] = {}
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
         self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
         self._fresh, self._producers, self._quantized, self._results = fresh, producers, quantized, results
@@ -58,11 +62,10 @@ class Emitter:
     ) -> list[Ref]:
         """Emit an operator with several results, given as (shape, dtype)."""
         refs = [Ref(self._fresh(self.node, hint or _op_name(self.node)), shape, dtype) for shape, dtype in results]
-        self.statements.append(
-            Statement(
-                tuple(r.id for r in refs), operator, args, tuple(attrs.items()), self.node.name, self.node.module_path
-            )
-        )
+        ids, named = tuple(r.id for r in refs), tuple(attrs.items())
+        statement = Statement(ids, operator, args, named, self.node.name, self.node.module_path)
+        self.statements.append(statement)
+        self._makers |= dict.fromkeys(ids, statement)
         return refs
 
     def define(self, name: str, signature: str, body: Sequence[str]) -> str:
@@ -112,6 +115,41 @@ class Emitter:
     def is_quantized(self, ref: Ref) -> bool:
         """Whether `ref` is a weight that stays packed in the archive."""
         return ref.fqn is not None and self._quantized(ref.fqn)
+
+    def beside(self, weight: Ref, x: Ref) -> Ref:
+        """`x` as the other operand of `weight`.
+
+        tract 0.23.9 turns the product of a matrix and a concatenation into a sum of products (optim/concat_then_einsum.rs), and
+        panics where that slices packed blocks: something it does not look through keeps the two apart.
+        """
+        maker = self._makers.get(self._viewed(x).id)
+        if self.is_quantized(weight) and maker is not None and maker.operator in {"concat", "stack"}:
+            return self.op("t2n_apart", x, hint="apart")
+        return x
+
+    def before_broadcast(self, x: Ref) -> Ref:
+        """What `x` repeats along its leading axes; `x` itself if it repeats nothing.
+
+        For products: tract 0.23.9 drops a broadcast in front of an einsum, and with it the size of the result
+        (declutter_broadcast in ops/einsum/mod.rs).
+        """
+        maker = self._makers.get(self._viewed(x).id)
+        if maker is None or maker.operator != "tract_core_broadcast":
+            return x
+        repeated: Ref = maker.args[0]
+        if maker.results == (x.id,) and repeated.shape[-1] == x.shape[-1]:
+            return repeated
+        scalar = self.variables.get(self._viewed(repeated).id)
+        if scalar is None or scalar.tensor.numel() > 1 or not isinstance(x.shape[-1], int):
+            return x
+        row = torch.full((*[1] * (x.rank - 1), x.shape[-1]), scalar.tensor.item(), dtype=x.dtype)
+        return self.constant(row, "row")
+
+    def _viewed(self, x: Ref) -> Ref:
+        """What `x` is a view of, however often."""
+        while (maker := self._makers.get(x.id)) and maker.operator in _MOVES and isinstance(maker.args[0], Ref):
+            x = maker.args[0]
+        return x
 
     def product(self, operands: list[Ref], expr: str) -> Ref:
         """The einsum that gives the node's output, summed in f32."""
@@ -198,7 +236,20 @@ class Emitter:
             return float(value)
         return self.full(value, dtype)
 
-    # -- ranges
+    # -- where values come from
+
+    def is_fixed(self, value: Any) -> bool:
+        """Whether `value`, an argument of the node, is the same whatever the inputs hold (their sizes may matter)."""
+        seen, todo = set[str](), [value]
+        while todo:
+            for leaf in pytree.tree_leaves(todo.pop()):
+                if not isinstance(leaf, Value) or leaf.name in seen:
+                    continue
+                seen.add(leaf.name)
+                if (node := self._producers.get(leaf.name)) is None:
+                    return False
+                todo.append((node.args, dict(node.kwargs)))
+        return True
 
     def is_non_negative(self, value: Value) -> bool:
         """Whether an index tensor is known to have no negative element, from how it was made."""

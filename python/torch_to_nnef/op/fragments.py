@@ -12,6 +12,11 @@ from torch_to_nnef.op.statement import Fragment
 
 # name -> (signature, body lines). Literals stand right of tensors: tract casts them to the tensor's type.
 _FRAGMENTS: dict[str, Fragment] = {
+    # Changes nothing, not even NaN; see Emitter.beside.
+    "t2n_apart": (
+        "(x: tensor<scalar>) -> (y: tensor<scalar>)",
+        ["y = neg(neg(x));"],
+    ),
     "t2n_attention": (
         "(query: tensor<scalar>, key: tensor<scalar>, value: tensor<scalar>, scale: scalar, axis: integer)"
         " -> (y: tensor<scalar>)",
@@ -38,6 +43,16 @@ _FRAGMENTS: dict[str, Fragment] = {
     "t2n_gelu": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = (x * 0.5) * (tract_core_erf(x * 0.70710678) + 1.0);"],
+    ),
+    # Gates along an axis from torch's order to that of tract's kernels: r, z, n -> z, r, n; i, f, g, o -> i, o, f, g.
+    "t2n_gru_gates": (
+        "(x: tensor<scalar>, axis: integer, hidden: integer) -> (y: tensor<scalar>)",
+        [
+            "reset = slice(x, axes = [axis], begin = [0], end = [hidden]);",
+            "update = slice(x, axes = [axis], begin = [hidden], end = [hidden * 2]);",
+            "new = slice(x, axes = [axis], begin = [hidden * 2], end = [hidden * 3]);",
+            "y = concat([update, reset, new], axis = axis);",
+        ],
     ),
     "t2n_hardsigmoid": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
@@ -107,6 +122,15 @@ _FRAGMENTS: dict[str, Fragment] = {
     "t2n_log_sigmoid": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",
         ["y = min(x, 0.0) - log(exp(neg(abs(x))) + 1.0);"],
+    ),
+    "t2n_lstm_gates": (
+        "(x: tensor<scalar>, axis: integer, hidden: integer) -> (y: tensor<scalar>)",
+        [
+            "input = slice(x, axes = [axis], begin = [0], end = [hidden]);",
+            "forget_cell = slice(x, axes = [axis], begin = [hidden], end = [hidden * 3]);",
+            "output = slice(x, axes = [axis], begin = [hidden * 3], end = [hidden * 4]);",
+            "y = concat([input, output, forget_cell], axis = axis);",
+        ],
     ),
     "t2n_mish": (
         "(x: tensor<scalar>) -> (y: tensor<scalar>)",

@@ -14,19 +14,28 @@ aten = torch.ops.aten
 
 @lowers(aten.linear.default)
 def linear(e: Emitter, input: Ref, weight: Ref, bias: Ref | None = None) -> Ref:
-    """Input (*, K) @ weight (N, K)^T + bias (N): an einsum, for any rank and for packed weights.
+    """Input (*, K) @ weight (N, K)^T + bias (N)."""
+    return affine(e, input, weight, bias)
+
+
+def affine(e: Emitter, input: Ref, weight: Ref, bias: Ref | None) -> Ref:
+    """The same, in any handler whose output has the dtype of `input`: an einsum, for any rank and for packed weights.
 
     The weight comes first: where tract moves a reshape of the other operand into the einsum, K becomes several axes in the order
     of the first, and the second is transposed to it, which for packed blocks is silently wrong (tract-core 0.23.9,
     ops/einsum/einsum_matmul.rs).
     """
+    shape = (*input.shape[:-1], *weight.shape[:-1])
+    repeated = e.before_broadcast(input)
+    if repeated.shape != input.shape:
+        return e.broadcast_to(affine(e, repeated, weight, bias), shape)
+    input = e.beside(weight, input)
     batch = AXES[: input.rank - 1]
     row = "n" if weight.rank == 2 else ""
     expr = f"{row}k,{batch}k->{batch}{row}"
     if bias is not None and e.out.dtype is torch.float32 and bias.rank == 1 and row:
-        lead = list(range(input.rank - 1))
-        return e.op("t2n_linear", weight, input, bias, out=e.out.shape, expr=expr, lead=lead)
-    result = contract(e, [weight, input], expr, e.out.shape)
+        return e.op("t2n_linear", weight, input, bias, out=shape, expr=expr, lead=list(range(input.rank - 1)))
+    result = contract(e, [weight, input], expr, shape)
     return result if bias is None else e.binary("add", result, bias, result.dtype)
 
 

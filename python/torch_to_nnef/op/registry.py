@@ -50,6 +50,7 @@ _FAMILIES = (
     "reduce",
     "refused",
     "resize",
+    "rnn",
     "scan",
     "scatter",
     "search",
