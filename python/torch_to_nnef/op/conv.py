@@ -77,6 +77,9 @@ def _conv(
         dilation=per_axis(dilation, spatial),
         groups=groups,
     )
+    if e.is_quantized(weight):
+        # Changes nothing, and keeps tract from multiplying a scale that follows (batch norm) into packed blocks, which it cannot.
+        result = e.op("max", result, torch.finfo(torch.float32).min, hint="packed")
     return result if batched else e.squeeze(result, [0])
 
 

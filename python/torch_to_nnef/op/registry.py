@@ -14,7 +14,7 @@ from torch import nn
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Node
 from torch_to_nnef.graph.opaque import Uses
-from torch_to_nnef.op import extensions
+from torch_to_nnef.op import extensions, half
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.statement import Ref
 from torch_to_nnef.quantize.targets import Use
@@ -210,8 +210,11 @@ class OpTable:
                 raise T2NErrorNotImplemented(
                     f"{node.target} with {argument.name}={given[name]!r} at {node.where()} is not supported"
                 )
+        read = {name: given[name] for name in handler.reads if name in given}
         with extensions.blamed(handler.lower, str(node.target), node.where()):
-            return handler.lower(emitter, **{name: given[name] for name in handler.reads if name in given})
+            if half.needs_single(node):
+                return half.in_single(emitter, node, handler.lower, read)
+            return handler.lower(emitter, **read)
 
 
 def _check_overload(op: object) -> None:
