@@ -50,7 +50,10 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(8, channels), *(nn.Conv2d(channels, n * channels, 1) for n in (3, 1))
+        self.norm, self.qkv, self.out = (
+            nn.GroupNorm(8, channels),
+            *(nn.Conv2d(channels, n * channels, 1) for n in (3, 1)),
+        )
 
     def forward(self, x):
         q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in self.qkv(self.norm(x)).chunk(3, dim=1))

@@ -1,0 +1,82 @@
+"""Every model of the zoo: exported in f32, Q40 and f16, run in tract at the traced and at other sizes, against torch."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from zoo import ZOO
+
+from torch_to_nnef import TractModel, quantize_and_verify
+from torch_to_nnef.exceptions import T2NError
+from torch_to_nnef.inference_target import TractNNEF
+from torch_to_nnef.quantize.targets import DEFAULT_CLASSES
+
+
+def marks(case):
+    waiting = [pytest.mark.xfail(reason=case.waits, raises=T2NError)] if case.waits else []
+    return [*waiting, *([] if case.quick else [pytest.mark.slow])]
+
+
+each = pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks(case)) for case in ZOO])
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(model(*inputs)) if leaf is not None]
+
+
+def in_dtype(tensors, dtype):
+    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+
+
+def distance(actual, reference):
+    """RMSE over the RMS of the reference."""
+    error = actual.double() - reference.double()
+    return (error.square().mean() / reference.double().square().mean()).sqrt().item()
+
+
+def packable(model):
+    """Weights that a layer of the four classes holds whole, in rows of groups: those must be in Q40."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, DEFAULT_CLASSES) and weight is not None and not weight[0].numel() % 32:
+            depthwise = getattr(module, "groups", 1) > 1 and weight.shape[1] == 1
+            if not depthwise:
+                yield f"{name}.weight"
+
+
+def settled(case):
+    model = case.model()
+    for result in outputs(model, case.inputs()):
+        assert 0.05 < result.std() < 20, "activations vanish or explode: a comparison would say nothing"
+    return model
+
+
+@each
+@pytest.mark.parametrize("method", [None, "min_max_q4_0_all"])
+def test_single_precision(case, method, tmp_path):
+    model = settled(case)
+    report = quantize_and_verify(model, case.inputs(), tmp_path / "net.nnef", method, dynamic_axes=case.axes)
+    assert report.ok
+    assert len([c for c in report.archive if c.refused is None]) >= (3 if case.axes else 1)
+    if method:
+        packed = {row.fqn for row in report.rows if row.quantized}
+        unused = {row.fqn for row in report.rows if row.reason == "the graph does not use it"}
+        assert packed >= set(packable(model)) - unused
+        assert packed
+
+
+@each
+def test_half_precision_is_as_near_as_torch_is(case, tmp_path):
+    """Sums in f32, one rounding an operator: tract in f16 is no further from torch in f16 than that is from torch in f32."""
+    single = settled(case)
+    half, inputs = copy.deepcopy(single).half(), in_dtype(case.inputs(), torch.float16)
+    # Twenty roundings of 2^-11 that meet a difference of near values exceed `approximate`.
+    target = TractNNEF.latest(dynamic_axes=case.axes, check_io_tolerance="very")
+    path = tmp_path / "net.nnef"
+    assert quantize_and_verify(half, inputs, path, None, inference_target=target).ok
+    results = TractModel.load(path).run(*inputs).values()
+    exact = outputs(single, in_dtype(inputs, torch.float32))
+    for actual, reference, best in zip(results, outputs(half, inputs), exact, strict=True):
+        assert distance(torch.from_numpy(actual), reference) <= 1.5 * distance(reference, best) + 1e-3 * 2**-11
