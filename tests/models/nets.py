@@ -1,5 +1,7 @@
 """Architectures of the zoo that no package ships, as small as keeps them what they are."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,7 +31,7 @@ class UNet(nn.Module):
     def __init__(self, widths=(16, 32, 64), classes=4):
         super().__init__()
         self.stem = convs(3, widths[0])
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.down = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), convs(a, b)) for a, b in pairs)
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in reversed(pairs))
         self.join = nn.ModuleList(convs(2 * a, a) for a, _ in reversed(pairs))

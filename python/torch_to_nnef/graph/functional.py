@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Node as FxNode
 from torch.fx import GraphModule
+from torch.fx import Node as FxNode
 
 # Composite operators that give a tensor of their own; the schema of a composite one does not tell.
-_OWN_RESULT = frozenset(
-    """
-    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm layer_norm group_norm instance_norm
-    """.split()
-)
+_OWN_RESULT = """
+conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm layer_norm group_norm instance_norm
+"""
 # In place by name only: no value changes.
 _GRADIENT_ONLY = frozenset({torch.ops.aten.detach_.default})
 
@@ -72,4 +70,4 @@ def _is_fresh(node: FxNode) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or any(r.alias_info for r in target._schema.returns):
         return False
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
-    return not composite or target._schema.name.split("::")[1] in _OWN_RESULT
+    return not composite or target._schema.name.split("::")[1] in _OWN_RESULT.split()
