@@ -1,0 +1,49 @@
+"""A scale behind a packed convolution: tract would multiply it into the blocks, which it cannot."""
+
+import pytest
+import torch
+from torch import nn
+
+from torch_to_nnef import quantize_and_verify
+
+
+class Scaled(nn.Module):
+    """A convolution, then one factor a channel."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(32, 16, kernel), nn.Parameter(torch.linspace(0.5, 2, 16)[:, None, None])
+
+    def forward(self, x):
+        return self.conv(x) * self.scale
+
+
+def normed(conv, norm):
+    norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
+    return nn.Sequential(conv, norm)
+
+
+MODELS = {
+    "conv2d, batch norm": lambda: normed(nn.Conv2d(32, 16, 3), nn.BatchNorm2d(16)),
+    "conv1d, batch norm": lambda: normed(nn.Conv1d(32, 16, 3), nn.BatchNorm1d(16)),
+    "strided 1x1, batch norm": lambda: normed(nn.Conv2d(32, 16, 1, 2), nn.BatchNorm2d(16)),
+    "grouped, batch norm": lambda: normed(nn.Conv2d(64, 16, 4, groups=2), nn.BatchNorm2d(16)),
+    "scaled": lambda: Scaled(3),
+    "1x1, scaled": lambda: Scaled(1),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scale_behind_a_packed_convolution(name, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    first = next(m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
+    size = [2, first.in_channels, *[8] * len(first.kernel_size)]
+    report = quantize_and_verify(
+        model,
+        torch.randn(size),
+        tmp_path / "net.nnef",
+        dynamic_axes={"x": {0: "B"}} if name.endswith("scaled") else {"input": {0: "B"}},
+    )
+    assert report.ok
+    assert [row.fqn for row in report.rows if row.quantized]
