@@ -18,6 +18,17 @@ class Scaled(nn.Module):
         return self.conv(x) * self.scale
 
 
+class Shuffled(nn.Module):
+    """Channels exchanged between groups before a convolution of one element."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(32, 16, 1)
+
+    def forward(self, x):
+        return self.conv(x.unflatten(1, (2, 16)).transpose(1, 2).flatten(1, 2))
+
+
 def normed(conv, norm):
     norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
     return nn.Sequential(conv, norm)
@@ -30,6 +41,7 @@ MODELS = {
     "grouped, batch norm": lambda: normed(nn.Conv2d(64, 16, 4, groups=2), nn.BatchNorm2d(16)),
     "scaled": lambda: Scaled(3),
     "1x1, scaled": lambda: Scaled(1),
+    "shuffled": Shuffled,
 }
 
 
@@ -43,7 +55,7 @@ def test_scale_behind_a_packed_convolution(name, tmp_path):
         model,
         torch.randn(size),
         tmp_path / "net.nnef",
-        dynamic_axes={"x": {0: "B"}} if name.endswith("scaled") else {"input": {0: "B"}},
+        dynamic_axes={"x": {0: "B"}} if name.endswith("ed") else {"input": {0: "B"}},
     )
     assert report.ok
     assert [row.fqn for row in report.rows if row.quantized]
