@@ -80,23 +80,23 @@ def _conv(
         dilation=per_axis(dilation, spatial),
         groups=groups,
     )
-    if e.is_quantized(weight):
-        # Changes nothing, and keeps tract from multiplying a scale that follows (batch norm) into packed blocks, which it cannot.
-        result = e.op("max", result, torch.finfo(torch.float32).min, hint="packed")
+    if e.is_quantized(weight):  # or tract multiplies a scale that follows (batch norm) into the blocks, which it cannot
+        result = e.barrier(result)
     return result if batched else e.squeeze(result, [0])
 
 
 def _pointwise(e: Emitter, x: Ref, weight: Ref, bias: Ref | None, stride: Sequence[int]) -> Ref:
     """A packed filter of one element: the einsum tract makes of it, with the filter first (see `linear`)."""
-    for axis, step in enumerate(stride, 2):
-        x = e.slice(x, axis, 0, (x.shape[axis] - 1) // step + 1, step) if step > 1 else x
-    around = "abc"[: len(stride)]
+    sizes = e.out.shape[-len(stride) :]
+    for axis, (size, step) in enumerate(zip(sizes, stride, strict=True), 2):
+        x = e.slice(x, axis, 0, size, step) if step > 1 else x
+    x, around = e.beside_packed(x), "abc"[: len(stride)]
     matrix = e.op("squeeze", weight, out=weight.shape[:2], hint="matrix", axes=list(range(2, weight.rank)))
     expr, shape = f"oi,ni{around}->no{around}", (x.shape[0], weight.shape[0], *x.shape[2:])
     if bias is None:
-        return e.op("tract_core_einsum", [matrix, x], out=shape, expr=expr, acc="f32")
+        return e.op("tract_core_einsum", [matrix, x], out=shape, dtype=x.dtype, expr=expr, acc="f32")
     lead = [0, *range(2, weight.rank)]
-    return e.op("t2n_linear", matrix, x, bias, out=shape, expr=expr, lead=lead)
+    return e.op("t2n_linear", matrix, x, bias, out=shape, dtype=x.dtype, expr=expr, lead=lead)
 
 
 @lowers(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)

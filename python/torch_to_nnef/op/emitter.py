@@ -16,6 +16,10 @@ from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 
 Scalar = int | float | bool
 
+# Operators that only arrange an operand, and those that tract makes a concat of.
+_MOVES = frozenset({"copy", "reshape", "slice", "squeeze", "transpose", "unsqueeze", "tract_core_cast"})
+_JOINS = frozenset({"concat", "stack", "pad"})
+
 
 class Emitter:
     """Collects the statements of one graph. `node` is the call being lowered; `fresh` gives unused identifiers for it."""
@@ -27,6 +31,7 @@ class Emitter:
         self.variables: dict[str, Variable] = {}
         self.fragments: dict[str, Fragment] = {}
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
+        self._makers: dict[str, Statement] = {}
         self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
         self._fresh, self._producers, self._quantized = fresh, producers, quantized
 
@@ -54,11 +59,10 @@ class Emitter:
     ) -> list[Ref]:
         """Emit an operator with several results, given as (shape, dtype)."""
         refs = [Ref(self._fresh(self.node, hint or _op_name(self.node)), shape, dtype) for shape, dtype in results]
-        self.statements.append(
-            Statement(
-                tuple(r.id for r in refs), operator, args, tuple(attrs.items()), self.node.name, self.node.module_path
-            )
-        )
+        results = tuple(r.id for r in refs)
+        made = Statement(results, operator, args, tuple(attrs.items()), self.node.name, self.node.module_path)
+        self.statements.append(made)
+        self._makers.update(dict.fromkeys(results, made))
         return refs
 
     def define(self, name: str, signature: str, body: Sequence[str]) -> str:
@@ -110,6 +114,17 @@ class Emitter:
             raise self.refuse("tract multiplies matrices in f32 and f16 only; use model.float()")
         total = self.op("tract_core_einsum", operands, out=self.out.shape, dtype=torch.float32, expr=expr, acc="f32")
         return self.cast(total, self.out.dtype)
+
+    def barrier(self, ref: Ref) -> Ref:
+        """`ref` as it is, behind an operator that changes nothing and that no rewrite of tract looks through."""
+        return self.op("max", ref, torch.finfo(ref.dtype).min, hint="barrier")
+
+    def beside_packed(self, ref: Ref) -> Ref:
+        """`ref` for an einsum with a packed weight: behind a concat, tract would cut the weight in pieces, which it cannot."""
+        made = self._makers.get(ref.id)
+        while made is not None and made.operator in _MOVES:
+            made = self._makers.get(made.args[0].id)
+        return self.barrier(ref) if made is not None and made.operator in _JOINS else ref
 
     def refuse(self, reason: str) -> T2NErrorNotImplemented:
         """The error for a call tract cannot do: `raise e.refuse("...")`."""

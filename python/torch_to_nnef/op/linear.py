@@ -20,6 +20,8 @@ def linear(e: Emitter, input: Ref, weight: Ref, bias: Ref | None = None) -> Ref:
     of the first, and the second is transposed to it, which for packed blocks is silently wrong (tract-core 0.23.9,
     ops/einsum/einsum_matmul.rs).
     """
+    if e.is_quantized(weight):
+        input = e.beside_packed(input)
     batch = AXES[: input.rank - 1]
     row = "n" if weight.rank == 2 else ""
     expr = f"{row}k,{batch}k->{batch}{row}"

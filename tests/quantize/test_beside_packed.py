@@ -1,4 +1,4 @@
-"""A scale behind a packed convolution: tract would multiply it into the blocks, which it cannot."""
+"""What stands beside packed weights: tract rewrites scales, concats and reshapes into them, which their blocks do not take."""
 
 import pytest
 import torch
@@ -29,6 +29,17 @@ class Shuffled(nn.Module):
         return self.conv(x.unflatten(1, (2, 16)).transpose(1, 2).flatten(1, 2))
 
 
+class Joined(nn.Module):
+    """Two halves joined, and moved about, in front of a layer."""
+
+    def __init__(self, layer, move=lambda x: x):
+        super().__init__()
+        self.layer, self.move = layer, move
+
+    def forward(self, x):
+        return self.layer(self.move(torch.cat([x, 2 * x], 1)))
+
+
 def normed(conv, norm):
     norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
     return nn.Sequential(conv, norm)
@@ -42,20 +53,20 @@ MODELS = {
     "scaled": lambda: Scaled(3),
     "1x1, scaled": lambda: Scaled(1),
     "shuffled": Shuffled,
+    "1x1 without bias, joined": lambda: Joined(nn.Conv2d(64, 16, 1, bias=False)),
+    "3x3, joined": lambda: Joined(nn.Conv2d(64, 16, 3)),
+    "linear, joined": lambda: Joined(nn.Linear(64, 16), lambda x: x.flatten(2).transpose(1, 2)),
+    "flat linear, joined": lambda: Joined(nn.Linear(64 * 64, 16, bias=False), lambda x: x.flatten(1)),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_scale_behind_a_packed_convolution(name, tmp_path):
+def test_beside_packed_weights(name, tmp_path):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
-    first = next(m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
-    size = [2, first.in_channels, *[8] * len(first.kernel_size)]
-    report = quantize_and_verify(
-        model,
-        torch.randn(size),
-        tmp_path / "net.nnef",
-        dynamic_axes={"x": {0: "B"}} if name.endswith("ed") else {"input": {0: "B"}},
-    )
+    size, axis = (2, 64 if name.startswith("grouped") else 32, 8, 8), "x" if name.endswith("ed") else "input"
+    if "conv1d" in name:
+        size = size[:3]
+    report = quantize_and_verify(model, torch.randn(size), tmp_path / "net.nnef", dynamic_axes={axis: {0: "B"}})
     assert report.ok
     assert [row.fqn for row in report.rows if row.quantized]
