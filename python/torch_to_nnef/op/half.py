@@ -13,23 +13,20 @@ from torch_to_nnef.graph.ir import Node
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.statement import Ref
 
-# Operators that move values or round once in f16 as well; products with `acc = "f32"` keep their weights in f16.
-_AS_THEY_ARE = """
-_to_copy _unsafe_view alias alpha_dropout arange cat chunk clone concat constant_pad_nd contiguous detach detach_ dropout
-embedding empty expand expand_as eye feature_dropout flatten flip full full_like gather index index_select lift_fresh
-lift_fresh_copy masked_fill movedim narrow new_full new_ones new_zeros ones ones_like pad permute pixel_shuffle
-pixel_unshuffle repeat repeat_interleave reshape roll scalar_tensor select slice slice_scatter split split_with_sizes squeeze
-stack t to transpose tril triu type_as unbind unflatten unfold unsqueeze view where zeros zeros_like
-abs add ceil clamp clamp_max clamp_min div floor hardtanh max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum
-minimum mul neg relu round rsub sign sqrt sub trunc
-einsum linear
+# Operators that tract would round within, or compute from few digits, in f16.
+_IN_SINGLE = """
+conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d batch_norm _native_batch_norm_legit_no_training
+layer_norm native_layer_norm group_norm native_group_norm instance_norm _weight_norm scaled_dot_product_attention softmax _softmax
+log_softmax _log_softmax celu elu gelu glu hardsigmoid hardswish leaky_relu log_sigmoid mish prelu selu silu softplus sigmoid tanh
+erf erfc exp exp2 expm1 log log10 log1p log2 pow sin cos rsqrt linalg_vector_norm var
 """
 
 
 def needs_single(node: Node) -> bool:
     """Whether tract would round within the call."""
     name = node.target._schema.name.split("::")[1]
-    return name not in _AS_THEY_ARE.split() and any(value.dtype is torch.float16 for value in node.outputs)
+    return name in _IN_SINGLE.split() and any(value.dtype is torch.float16 for value in node.outputs)
 
 
 def in_single(
