@@ -18,7 +18,7 @@ def marks(case):
     return [*waiting, *([] if case.quick else [pytest.mark.slow])]
 
 
-each = pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks(case)) for case in ZOO])
+PARAMS = [pytest.param(case, id=case.name, marks=marks(case)) for case in ZOO]
 
 
 def outputs(model, inputs):
@@ -53,7 +53,7 @@ def settled(case):
     return model
 
 
-@each
+@pytest.mark.parametrize("case", PARAMS)
 @pytest.mark.parametrize("method", [None, "min_max_q4_0_all"])
 def test_single_precision(case, method, tmp_path):
     model = settled(case)
@@ -67,16 +67,16 @@ def test_single_precision(case, method, tmp_path):
         assert packed
 
 
-@each
+@pytest.mark.parametrize("case", [param for param in PARAMS if param.values[0].half])
 def test_half_precision_is_as_near_as_torch_is(case, tmp_path):
-    """Sums in f32, one rounding an operator: tract in f16 is no further from torch in f16 than that is from torch in f32."""
+    """Sums in f32, one rounding an operator: both are as far from the model in f32, so the square root of 2 of that apart."""
     single = settled(case)
     half, inputs = copy.deepcopy(single).half(), in_dtype(case.inputs(), torch.float16)
-    # Twenty roundings of 2^-11 that meet a difference of near values exceed `approximate`.
+    # `approximate` allows two roundings of a value near 1; behind dozens of them, values near 0 differ by more.
     target = TractNNEF.latest(dynamic_axes=case.axes, check_io_tolerance="very")
     path = tmp_path / "net.nnef"
     assert quantize_and_verify(half, inputs, path, None, inference_target=target).ok
     results = TractModel.load(path).run(*inputs).values()
     exact = outputs(single, in_dtype(inputs, torch.float32))
     for actual, reference, best in zip(results, outputs(half, inputs), exact, strict=True):
-        assert distance(torch.from_numpy(actual), reference) <= 1.5 * distance(reference, best) + 1e-3 * 2**-11
+        assert distance(torch.from_numpy(actual), reference) <= 2 * distance(reference, best) + 2**-20

@@ -87,9 +87,12 @@ def _conv(
 
 def _pointwise(e: Emitter, x: Ref, weight: Ref, bias: Ref | None, stride: Sequence[int]) -> Ref:
     """A packed filter of one element: the einsum tract makes of it, with the filter first (see `linear`)."""
-    sizes = e.out.shape[-len(stride) :]
-    for axis, (size, step) in enumerate(zip(sizes, stride, strict=True), 2):
-        x = e.slice(x, axis, 0, size, step) if step > 1 else x
+    if set(stride) != {
+        1
+    }:  # by a pool of one element: tract gives dynamic sizes the form that it gives those of a convolution
+        ones, strided = [1] * x.rank, (*x.shape[:2], *e.out.shape[-len(stride) :])
+        window = {"size": ones, "padding": [(0, 0)] * x.rank, "stride": [1, 1, *stride], "dilation": ones}
+        x = e.op("max_pool", x, out=strided, hint="strided", border="ignore", **window)
     x, around = e.beside_packed(x), "abc"[: len(stride)]
     matrix = e.op("squeeze", weight, out=weight.shape[:2], hint="matrix", axes=list(range(2, weight.rank)))
     expr, shape = f"oi,ni{around}->no{around}", (x.shape[0], weight.shape[0], *x.shape[2:])
