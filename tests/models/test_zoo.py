@@ -39,10 +39,11 @@ def distance(actual, reference):
 def packable(model):
     """Weights that a layer of the four classes holds, in rows of whole groups, not depthwise: those must be in Q40."""
     for module in model.modules():
-        weight = module._parameters.get("weight")
-        if type(module) in DEFAULT_CLASSES and weight is not None and not weight[0].numel() % 32:
-            if getattr(module, "groups", 1) == 1 or weight.shape[1] > 1:
-                yield weight
+        if type(module) not in DEFAULT_CLASSES or "weight" not in module._parameters:
+            continue
+        depthwise = getattr(module, "groups", 1) > 1 and module.weight.shape[1] == 1
+        if module.weight[0].numel() % 32 == 0 and not depthwise:
+            yield module.weight
 
 
 def settled(case):
