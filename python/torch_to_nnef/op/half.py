@@ -25,8 +25,9 @@ erf erfc exp exp2 expm1 log log10 log1p log2 pow sin cos rsqrt linalg_vector_nor
 
 def needs_single(node: Node) -> bool:
     """Whether tract would round within the call."""
-    name = node.target._schema.name.split("::")[1]
-    return name in _IN_SINGLE.split() and any(value.dtype is torch.float16 for value in node.outputs)
+    namespace, _, name = node.target._schema.name.partition("::")
+    halves = any(value.dtype is torch.float16 for value in node.outputs)
+    return namespace == "aten" and name in _IN_SINGLE.split() and halves
 
 
 def in_single(

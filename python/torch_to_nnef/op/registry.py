@@ -186,7 +186,9 @@ class OpTable:
             raise e.refuse(reason)
 
         for op in ops:
-            self._handlers[op] = Handler(refuse, _import_of(refuse), tuple(parameter(a.name) for a in op._schema.arguments))
+            self._handlers[op] = Handler(
+                refuse, _import_of(refuse), tuple(parameter(a.name) for a in op._schema.arguments)
+            )
 
     def __contains__(self, op: OpOverload) -> bool:
         return op in self._handlers
