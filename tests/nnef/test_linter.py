@@ -13,6 +13,7 @@ from torch_to_nnef.tensor.quant import quantize_q40
 
 X = Ref("x", (2, 64), torch.float32)
 W = Ref("w", (64, 64), torch.float32, "w")
+POINT = Ref("w", (64, 64, 1, 1), torch.float32, "w")
 
 
 def document(operator, args, outputs=("y",), **attrs):
@@ -29,6 +30,7 @@ LEGAL = [
     ("linear", (X, W), {}),
     ("conv", (X, W), {}),
     ("tract_core_gather", (W, X), {"axis": 0, "datum_type": "f32"}),
+    ("squeeze", (POINT,), {"axes": [2, 3]}),
 ]
 ILLEGAL = [
     ("tract_core_einsum", ([W, X],), {"expr": "kn,ak->an", "acc": "f32"}),
@@ -39,6 +41,9 @@ ILLEGAL = [
     ("linear", (W, X), {}),
     ("conv", (W, X), {}),
     ("conv", (X, Ref("w", (64, 1, 64), torch.float32, "w")), {"groups": 64}),
+    ("conv", (X, POINT), {"groups": 1}),
+    ("squeeze", (POINT,), {"axes": [3]}),
+    ("squeeze", (W,), {"axes": [1]}),
     ("deconv", (X, W), {}),
     ("tract_core_gather", (W, X), {"axis": 0}),
     ("tract_core_gather", (W, X), {"axis": 1, "datum_type": "f32"}),
@@ -53,7 +58,7 @@ ILLEGAL = [
 
 @pytest.mark.parametrize(("operator", "args", "attrs"), LEGAL)
 def test_legal_uses_pass(operator, args, attrs):
-    lint(document(operator, args, **attrs))
+    lint(document(operator, args, outputs=(), **attrs))
 
 
 @pytest.mark.parametrize(("operator", "args", "attrs"), ILLEGAL)
@@ -97,3 +102,5 @@ def test_a_packed_variable_of_a_fragment_may_be_the_first_operand_of_an_einsum()
 def test_other_uses_in_a_fragment_are_refused(line):
     with pytest.raises(T2NErrorConsistency, match=r"encoder\.layer\.weight in fragment step"):
         lint(with_fragment(line))
+    with pytest.raises(T2NErrorConsistency, match="cannot be an output"):
+        lint(document("squeeze", (POINT,), axes=[2, 3]))

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch_to_nnef.exceptions import T2NError, T2NErrorDynamicShapeValue, T2NErrorInvalidArgument
 from torch_to_nnef.graph.conds import inline_conds
 from torch_to_nnef.graph.explain import explain, keeps_state
+from torch_to_nnef.graph.functional import make_functional, writes_in_place
 from torch_to_nnef.graph.guards import Axis, Limit, Watch, limits
 from torch_to_nnef.graph.inputs import Inputs
 from torch_to_nnef.graph.opaque import ModuleCall, Uses, kept_whole
@@ -30,8 +31,6 @@ from torch_to_nnef.graph.torchscript import interpreted_functions
 
 # torch burns sizes 0 and 1 into a graph, so a dynamic axis is traced at this size or more.
 _SMALLEST_TRACED = 2
-# In place by name only: no value changes.
-_GRADIENT_ONLY = frozenset({torch.ops.aten.detach_.default})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +64,8 @@ class Captured:
         return [guard.expr for guard in environment.guards] if environment else []
 
     def writes_in_place(self) -> bool:
-        """Whether a call changes one of its arguments (`relu_`): handlers want values that stay."""
-        targets = (n.target for n in self.program.graph.nodes if n.op == "call_function")
-        return any(
-            isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets if t not in _GRADIENT_ONLY
-        )
+        """Whether a call still changes one of its arguments: handlers want values that stay."""
+        return writes_in_place(self.program.graph_module)
 
     def rebind(self, model: nn.Module) -> Captured:
         """The same program over the tensors that `model`, a copy of the captured one, holds now."""
@@ -147,6 +143,7 @@ def _capture(
         if watch.assigned:
             raise keeps_state(watch.assigned)
         inline_conds(program.graph_module)
+        make_functional(program.graph_module)
         return Captured(program, inputs, {**_constants(program), **tensors}, limits(watch), calls)
 
 

@@ -59,6 +59,8 @@ def _conv(statement: Statement, weight: Ref) -> str | None:
     groups = _attr(statement, "groups")
     if isinstance(groups, int) and groups > 1 and weight.shape[1] == 1:
         return "a depthwise convolution has no kernel for packed weights"
+    if weight.rank > 2 and set(weight.shape[2:]) == {1} and groups == 1:
+        return "a packed filter of one element must be an einsum: tract makes one of it, with the filter second"
     return _second(statement, weight)
 
 
@@ -68,6 +70,16 @@ def _gather(statement: Statement, weight: Ref) -> str | None:
     return None
 
 
+def _squeeze(statement: Statement, weight: Ref) -> str | None:
+    """A filter of one element as the matrix it is: its rows, and so its blocks, stay."""
+    rows = weight.shape[:2] + (1,) * (weight.rank - 2)
+    return (
+        None
+        if weight.shape == rows and _attr(statement, "axes") == list(range(2, weight.rank))
+        else "only unit axes behind the rows go"
+    )
+
+
 RULES: Mapping[str, Rule] = {
     "tract_core_einsum": _einsum,
     "t2n_linear": _einsum,
@@ -75,6 +87,7 @@ RULES: Mapping[str, Rule] = {
     "linear": _second,
     "conv": _conv,
     "tract_core_gather": _gather,
+    "squeeze": _squeeze,
 }
 
 
@@ -90,8 +103,10 @@ def lint(document: Document) -> None:
             fault = f"{statement.operator} has no kernel for packed weights" if rule is None else rule(statement, ref)
             if fault:
                 faults.append(f"{packed[ref.id].label} in module {statement.module_path or '<root module>'}: {fault}")
+            if statement.operator == "squeeze":  # still packed
+                packed[statement.results[0]] = packed[ref.id]
     faults += _faults_in_fragments(document, {v.label for v in packed.values()})
-    faults += [f"{v.label}: a packed weight cannot be an output" for v in packed.values() if v.id in document.outputs]
+    faults += [f"{v.label}: a packed weight cannot be an output" for i, v in packed.items() if i in document.outputs]
     if faults:
         raise T2NErrorConsistency(
             "tract cannot use these packed weights; keep them in float (exclude=):\n  " + "\n  ".join(faults)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.registry import Lowering, OpOverload, builtins
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.registry import OpOverload, builtins
+from torch_to_nnef.op.statement import Lowering, Ref
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,8 +10,8 @@ import torch
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.complex_layout import as_complex, join, lowers_complex, part, promote, real_layout
 from torch_to_nnef.op.emitter import Emitter, Scalar, broadcast
-from torch_to_nnef.op.registry import OPS, Lowering, lowers
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.registry import OPS, lowers
+from torch_to_nnef.op.statement import Lowering, Ref
 
 aten = torch.ops.aten
 Number: TypeAlias = Ref | Scalar | complex | Dim

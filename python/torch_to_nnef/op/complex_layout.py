@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch_to_nnef.graph.ir import Node, Value
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import OPS, OpOverload, OpTable
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.statement import Ref, Result
 
 aten = torch.ops.aten
 
@@ -130,7 +130,7 @@ class ComplexTable(OpTable):
     def __contains__(self, op: OpOverload) -> bool:
         return op in _LAYOUT or op in _PRODUCTS or super().__contains__(op)
 
-    def lower(self, emitter: Emitter, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ref | list[Ref]:
+    def lower(self, emitter: Emitter, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Result:
         """Run the handler of `node`, or that of real values on their layout."""
         given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False)) | dict(kwargs)
         if node.target in _LAYOUT:
@@ -178,7 +178,7 @@ def _product(e: Emitter, node: Node, given: dict[str, Any]) -> Ref:
     return as_complex(e.binary("add", real_layout(product), column, column.dtype))
 
 
-def _in_layout(e: Emitter, node: Node, given: dict[str, Any]) -> Ref | list[Ref]:
+def _in_layout(e: Emitter, node: Node, given: dict[str, Any]) -> Result:
     given.pop("dtype", None)  # the output says it
     first = next(leaf for leaf in pytree.tree_leaves(list(given.values())) if isinstance(leaf, Ref))
     rank = max(first.rank, len(node.outputs[0].shape))
@@ -195,7 +195,9 @@ def _in_layout(e: Emitter, node: Node, given: dict[str, Any]) -> Ref | list[Ref]
     outputs = [Value(v.name, (*v.shape, 2), v.dtype.to_real()) for v in node.outputs]
     with seen_as(e, *outputs) as real:
         result = OPS.lower(e, replace(real, target=target), (), given)
-    return [as_complex(r) for r in result] if isinstance(result, list) else as_complex(result)
+    if isinstance(result, Ref):
+        return as_complex(result)
+    return [as_complex(r) if isinstance(r, Ref) else r for r in result]
 
 
 def _argument(e: Emitter, name: str, value: Any, rank: int, dtype: torch.dtype) -> Any:

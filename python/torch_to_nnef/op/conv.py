@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -64,10 +65,15 @@ def _conv(
     spatial = weight.rank - 2
     batched = x.rank == weight.rank
     x = _batched(e, x, weight)
+    if e.is_quantized(weight) and groups == 1 and weight.shape[2:] == (1,) * spatial and not any(map(sum, padding)):
+        result = _pointwise(e, x, weight, bias, per_axis(stride, spatial))
+        return result if batched else e.squeeze(result, [0])
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
     result = e.op(
         "conv",
-        *summed_in_f32(e, e.beside(weight, x), weight, *biases),
+        e.beside(weight, x),
+        weight,
+        *biases,
         out=e.out.shape if batched else (1, *e.out.shape),
         border="constant",
         padding=padding,
@@ -75,13 +81,31 @@ def _conv(
         dilation=per_axis(dilation, spatial),
         groups=groups,
     )
+    if e.is_quantized(weight):  # or tract multiplies a scale that follows (batch norm) into the blocks, which it cannot
+        result = e.apart(result)
     result = e.cast(result, e.out.dtype)
     return result if batched else e.squeeze(result, [0])
 
 
-def summed_in_f32(e: Emitter, *operands: Ref) -> list[Ref]:
-    """Operands for which tract sums products as torch does: in f16 it rounds every one. Packed weights are left as they are."""
-    return [t if e.is_quantized(t) else e.cast(t, torch.float32) for t in operands]
+def _pointwise(e: Emitter, x: Ref, weight: Ref, bias: Ref | None, stride: Sequence[int]) -> Ref:
+    """A packed filter of one element: the einsum tract makes of it, with the filter first (see `linear`)."""
+    if any(step > 1 for step in stride):
+        # By a pool of one element, whose dynamic sizes tract writes as it does those of a convolution.
+        ones, strided = [1] * x.rank, (*x.shape[:2], *e.out.shape[-len(stride) :])
+        window: dict[str, Any] = {
+            "size": ones,
+            "padding": [(0, 0)] * x.rank,
+            "stride": [1, 1, *stride],
+            "dilation": ones,
+        }
+        x = e.op("max_pool", x, out=strided, hint="strided", border="ignore", **window)
+    x, around = e.beside(weight, x), "abc"[: len(stride)]
+    matrix = e.op("squeeze", weight, out=weight.shape[:2], hint="matrix", axes=list(range(2, weight.rank)))
+    expr, shape = f"oi,ni{around}->no{around}", (x.shape[0], weight.shape[0], *x.shape[2:])
+    if bias is None:
+        return e.op("tract_core_einsum", [matrix, x], out=shape, dtype=x.dtype, expr=expr, acc="f32")
+    lead = [0, *range(2, weight.rank)]
+    return e.op("t2n_linear", matrix, x, bias, out=shape, dtype=x.dtype, expr=expr, lead=lead)
 
 
 @lowers(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -139,7 +163,9 @@ def transposed(
     biases = [] if bias is None else [e.unsqueeze(bias, [0])]
     image = e.op(
         "deconv",
-        *summed_in_f32(e, x, weight, *biases),
+        x,
+        weight,
+        *biases,
         out=out,
         border="constant",
         padding=list(zip(padding, behind, strict=True)),

@@ -8,8 +8,8 @@ import torch
 
 from torch_to_nnef.op.emitter import Emitter, Scalar
 from torch_to_nnef.op.operand import Operand, aligned, as_ref, elementwise, promoted
-from torch_to_nnef.op.registry import Lowering, lowers
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.registry import lowers
+from torch_to_nnef.op.statement import Lowering, Ref
 
 aten = torch.ops.aten
 

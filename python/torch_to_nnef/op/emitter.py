@@ -18,6 +18,8 @@ from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 Scalar = int | float | bool
 # Operators that tract takes for another view of their operand, or for its own.
 _MOVES = frozenset({"copy", "reshape", "slice", "squeeze", "tract_core_cast", "transpose", "unsqueeze"})
+# Those that tract makes a concatenation of.
+_JOINS = frozenset({"concat", "stack", "pad"})
 
 
 class Emitter:
@@ -123,9 +125,13 @@ class Emitter:
         panics where that slices packed blocks: something it does not look through keeps the two apart.
         """
         maker = self._makers.get(self._viewed(x).id)
-        if self.is_quantized(weight) and maker is not None and maker.operator in {"concat", "stack"}:
-            return self.op("t2n_apart", x, hint="apart")
+        if self.is_quantized(weight) and maker is not None and maker.operator in _JOINS:
+            return self.apart(x)
         return x
+
+    def apart(self, x: Ref) -> Ref:
+        """`x` as it is, behind an operator that changes nothing and that no rewrite of tract looks through."""
+        return self.op("t2n_apart", x, hint="apart")
 
     def before_broadcast(self, x: Ref) -> Ref:
         """What `x` repeats along its leading axes; `x` itself if it repeats nothing.

@@ -22,9 +22,9 @@ MASKS = (torch.bool, torch.uint8)
 def rows(e: Emitter, weight: Ref, indices: Ref) -> Ref:
     """Rows of a weight (V, D), packed or not, at `indices`."""
     # tract has to be told the dtype of what comes out of packed blocks.
-    unpacked: dict[str, Any] = {"datum_type": "f32"} if e.is_quantized(weight) else {}
+    unpacked: dict[str, Any] = {"datum_type": "f32", "dtype": torch.float32} if e.is_quantized(weight) else {}
     shape = (*indices.shape, *weight.shape[1:])
-    return e.op("tract_core_gather", weight, indices, out=shape, axis=0, **unpacked)
+    return e.cast(e.op("tract_core_gather", weight, indices, out=shape, axis=0, **unpacked), weight.dtype)
 
 
 @lowers(aten.embedding.default)

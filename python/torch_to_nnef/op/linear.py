@@ -33,8 +33,10 @@ def affine(e: Emitter, input: Ref, weight: Ref, bias: Ref | None) -> Ref:
     batch = AXES[: input.rank - 1]
     row = "n" if weight.rank == 2 else ""
     expr = f"{row}k,{batch}k->{batch}{row}"
-    if bias is not None and e.out.dtype is torch.float32 and bias.rank == 1 and row:
-        return e.op("t2n_linear", weight, input, bias, out=shape, expr=expr, lead=list(range(input.rank - 1)))
+    if bias is not None and e.out.dtype in (torch.float16, torch.float32) and bias.rank == 1 and row:
+        lead, bias = list(range(input.rank - 1)), e.cast(bias, torch.float32)
+        total = e.op("t2n_linear", weight, input, bias, out=shape, dtype=torch.float32, expr=expr, lead=lead)
+        return e.cast(total, e.out.dtype)
     result = contract(e, [weight, input], expr, shape)
     return result if bias is None else e.binary("add", result, bias, result.dtype)
 

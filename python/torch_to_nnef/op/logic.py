@@ -9,8 +9,8 @@ import torch
 from torch_to_nnef.op.elementwise import compare, select
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.operand import Operand, as_ref
-from torch_to_nnef.op.registry import Lowering, lowers
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.registry import lowers
+from torch_to_nnef.op.statement import Lowering, Ref
 
 aten = torch.ops.aten
 

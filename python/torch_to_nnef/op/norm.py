@@ -188,3 +188,11 @@ def _per_channel(e: Emitter, x: Ref, weight: Ref | None, bias: Ref | None) -> Re
     if weight is not None:
         x = e.op("mul", x, e.unsqueeze(weight, around), hint="scaled")
     return x if bias is None else e.op("add", x, e.unsqueeze(bias, around), hint="biased")
+
+
+@lowers(aten._weight_norm.default)
+def weight_norm(e: Emitter, v: Ref, g: Ref, dim: int = 0) -> Ref:
+    """Filter g * v / |v|, the norm over all axes but `dim`; of constants, so tract computes it when it loads the archive."""
+    axes = [axis for axis in range(v.rank) if axis != e.axis(dim)]
+    squares = e.op("sum_reduce", e.op("square", v), out=g.shape, axes=axes)
+    return e.op("mul", v, e.op("mul", g, e.op("rsqrt", squares)))

@@ -11,8 +11,8 @@ import torch
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.elementwise import compare, select
 from torch_to_nnef.op.emitter import Emitter, Scalar
-from torch_to_nnef.op.registry import Lowering, Result, lowers
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.registry import lowers
+from torch_to_nnef.op.statement import Lowering, Ref, Result
 
 aten = torch.ops.aten
 

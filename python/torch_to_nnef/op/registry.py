@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,14 +14,12 @@ from torch import nn
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Node
 from torch_to_nnef.graph.opaque import Uses
-from torch_to_nnef.op import extensions
+from torch_to_nnef.op import extensions, half
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.statement import Ref, Unavailable
+from torch_to_nnef.op.statement import Lowering, Ref, Result
 from torch_to_nnef.quantize.targets import Use
 
 OpOverload = torch._ops.OpOverload
-Result: TypeAlias = Ref | Sequence[Ref | Unavailable]
-Lowering = Callable[..., Result]
 F = TypeVar("F", bound=Lowering)
 
 _FAMILIES = (
@@ -216,8 +214,11 @@ class OpTable:
                 raise T2NErrorNotImplemented(
                     f"{node.target} with {argument.name}={given[name]!r} at {node.where()} is not supported"
                 )
+        read = {name: given[name] for name in handler.reads if name in given}
         with extensions.blamed(handler.lower, str(node.target), node.where()):
-            return handler.lower(emitter, **{name: given[name] for name in handler.reads if name in given})
+            if half.needs_single(node):
+                return half.in_single(emitter, node, handler.lower, read)
+            return handler.lower(emitter, **read)
 
 
 def _check_overload(op: object) -> None:

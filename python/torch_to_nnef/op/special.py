@@ -10,8 +10,8 @@ from torch_to_nnef.op.elementwise import compare
 from torch_to_nnef.op.emitter import Emitter, Scalar
 from torch_to_nnef.op.fragments_special import horner
 from torch_to_nnef.op.operand import as_ref, elementwise
-from torch_to_nnef.op.registry import Lowering, lowers
-from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.op.registry import lowers
+from torch_to_nnef.op.statement import Lowering, Ref
 
 aten = torch.ops.aten
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -55,3 +55,8 @@ class Variable:
     id: str
     label: str
     tensor: torch.Tensor
+
+
+# What a handler returns, and handlers.
+Result: TypeAlias = Ref | Sequence[Ref | Unavailable]
+Lowering: TypeAlias = Callable[..., Result]
