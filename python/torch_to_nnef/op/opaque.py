@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from torch_to_nnef.exceptions import T2NErrorConsistency
@@ -22,7 +24,7 @@ def module(e: Emitter, inputs: list[Ref], weights: list[Ref], sizes: list[Dim], 
     args, kwargs = record.arguments(inputs, sizes)
     with extensions.blamed(handler.lower, name, e.node.where()):
         result = handler.lower(e, record.module, dict(zip(record.names, weights, strict=True)), *args, **kwargs)
-    results = list(result) if isinstance(result, (list, tuple)) else [result]
+    results: list[Any] = list(result) if isinstance(result, (list, tuple)) else [result]
     given = [(tuple(r.shape), r.dtype) if isinstance(r, Ref) else r for r in results]
     wanted = [(v.shape, v.dtype) for v in e.node.outputs]
     if given != wanted:
