@@ -98,6 +98,10 @@ class _Converter:
 
     def _node(self, node: FxNode, target: torch._ops.OpOverload, val: Any) -> Node:
         many = isinstance(val, (list, tuple))
+        if many and any(isinstance(v, (list, tuple)) for v in val):
+            raise T2NErrorNotImplemented(
+                f"{target} returns lists beside tensors, which has no equivalent in NNEF{_at(node)}"
+            )
         # A dot, since torch may well name another node `sort_1`.
         names = [f"{node.name}.{i}" for i in range(len(val))] if many else [node.name]
         named = [(n, v) for n, v in zip(names, val if many else [val], strict=True) if v is not None]

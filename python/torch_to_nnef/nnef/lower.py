@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from torch_to_nnef.exceptions import T2NErrorMissingOpEmitter
+from torch_to_nnef.exceptions import T2NErrorMissingOpEmitter, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.names import Names, VariableNamingScheme
@@ -114,15 +114,17 @@ class _Lowering:
         results = [result] if isinstance(result, Ref) else result
         for index, value in enumerate(node.outputs):
             # A handler may give fewer results than torch has; what is then used fails in `_ref`.
-            rest = Unavailable(f"result {index} of {node.target} has no lowering")
-            self.env[value.name] = results[index] if index < len(results) else rest
+            given = results[index] if index < len(results) else Unavailable(f"result {index} has no lowering")
+            if isinstance(given, Unavailable):
+                given = Unavailable(str(self.emitter.refuse(given.reason)))
+            self.env[value.name] = given
 
     def _ref(self, value: Value) -> Ref:
         if value.name not in self.env:
             self.env[value.name] = self._weight(value)
         ref = self.env[value.name]
         if isinstance(ref, Unavailable):
-            raise self.emitter.refuse(ref.reason)
+            raise T2NErrorNotImplemented(ref.reason)
         return ref
 
     def _weight(self, value: Value) -> Ref:

@@ -52,7 +52,6 @@ _REASONS = {
     _ITERATION: (
         aten.igamma.default,
         aten.igammac.default,
-        aten.special_airy_ai.default,
         aten.special_zeta.default,
         aten.special_chebyshev_polynomial_t.default,
         aten.special_chebyshev_polynomial_u.default,

@@ -28,7 +28,9 @@ def same(e: Emitter, x: Ref) -> Ref:
     return x
 
 
-@lowers(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+@lowers(
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default
+)
 def dropout(e: Emitter, input: Ref, p: float = 0.5, train: bool = False) -> Ref:
     """Nothing, in eval mode."""
     if train and p:
