@@ -225,13 +225,24 @@ class Repeated(nn.Module):
 
     def forward(self, frames):
         count = frames.shape[0]
-        least = torch.maximum(torch.tensor(0.25), frames.mean()).expand(count, 8)
         zeros = torch.zeros(count, 3, 8)[:, 1]
-        return self.layer(self.query.expand(count, -1, -1)), self.layer(zeros) + frames, self.layer(least)
+        return self.layer(self.query.expand(count, -1, -1)), self.layer(zeros) + frames
 
 
 def test_products_of_broadcasts_keep_their_batch(tmp_path):
     export(Repeated().eval(), x(3, 8), tmp_path / "m.nnef", frames=B)
+
+
+class Expanded(Repeated):
+    """A product of one number that is no constant, though it is made with one."""
+
+    def forward(self, frames):
+        return self.layer(torch.maximum(torch.tensor(0.25), frames.mean()).expand(frames.shape[0], 8))
+
+
+def test_products_of_one_expanded_number_are_refused(tmp_path):
+    with pytest.raises(T2NErrorNotImplemented, match="all one number"):
+        export(Expanded().eval(), x(3, 8), tmp_path / "m.nnef", frames=B)
 
 
 class Loop(nn.Module):

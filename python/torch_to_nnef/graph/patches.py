@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -25,6 +25,9 @@ def symbolic_sizes() -> Iterator[None]:
     """Functions that read a size as a number, replaced by ones that do not."""
     with ExitStack() as stack:
         for holder, name, function in _replacements():
+            if isinstance(function, partial):
+                # torch.cond lists torch's functions by their names.
+                update_wrapper(function, getattr(holder, name))
             stack.enter_context(mock.patch.object(holder, name, function, create=True))
         yield
 

@@ -143,13 +143,16 @@ class Emitter:
         if maker is None or maker.operator != "tract_core_broadcast":
             return x
         repeated: Ref = maker.args[0]
-        if maker.results == (x.id,) and repeated.shape[-1] == x.shape[-1]:
+        direct = maker.results == (x.id,)
+        if direct and repeated.shape[-1] == x.shape[-1]:
             return repeated
         scalar = self.variables.get(self._viewed(repeated).id)
-        if scalar is None or scalar.tensor.numel() > 1 or not isinstance(x.shape[-1], int):
-            return x
-        row = torch.full((*[1] * (x.rank - 1), x.shape[-1]), scalar.tensor.item(), dtype=x.dtype)
-        return self.constant(row, "row")
+        if scalar is not None and scalar.tensor.numel() == 1 and isinstance(x.shape[-1], int):
+            row = torch.full((*[1] * (x.rank - 1), x.shape[-1]), scalar.tensor.item(), dtype=x.dtype)
+            return self.constant(row, "row")
+        if direct and not all(isinstance(d, int) for d in x.shape):
+            raise self.refuse("a product over numbers that are all one number, expanded; multiply it by weight.sum(-1)")
+        return x
 
     def _viewed(self, x: Ref) -> Ref:
         """What `x` is a view of, however often."""
