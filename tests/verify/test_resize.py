@@ -139,9 +139,7 @@ def test_samples_are_not_made_much_larger_for_an_assumption():
 
 
 def test_samples_and_assertions_that_leave_nothing():
-    with pytest.raises(
-        T2NErrorDynamicShapeValue, match=r"samples are|sample inputs are not as asserted: S=8, but S > 9"
-    ):
+    with pytest.raises(T2NErrorDynamicShapeValue, match="sample inputs are not as asserted: S=8, but S > 9"):
         sizes_tried(8, [condition("S > 9", lambda s: s > 9)])
     with pytest.raises(T2NErrorDynamicShapeValue, match="no size but that of the samples, S=8, is as asserted: S == 8"):
         sizes_tried(8, [condition("S == 8", lambda s: s == 8)])

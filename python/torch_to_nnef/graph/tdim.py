@@ -113,12 +113,15 @@ def _forward(expr: sympy.Expr) -> sympy.Expr:
             )
         return floor
     expr = sympy.expand(expr.func(*(_forward(arg) for arg in expr.args)))
-    for term in expr.args if expr.is_Add else ():
-        if isinstance(-term, FloorDiv):
-            above, below = (-term).args
-            merged = _floor(below * (expr - term) - above + below - 1, below)
+    terms = expr.as_coefficients_dict() if expr.is_Add else {}
+    for term, count in terms.items():
+        if isinstance(term, FloorDiv) and count < 0:
+            above, below = term.args
+            # As many times as the division is subtracted: w - N // q is (q w - N + q - 1) // q.
+            whole = sum(c // -count * t for t, c in terms.items() if c > 0 and not t.has(FloorDiv))
+            merged = _floor(below * whole - above + below - 1, below)
             if merged is not None and not _negative(merged):
-                return merged
+                return _forward(expr + count * (whole - term - merged))
     return expr
 
 
