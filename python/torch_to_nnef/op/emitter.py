@@ -145,10 +145,14 @@ class Emitter:
         repeated: Ref = maker.args[0]
         if maker.results == (x.id,) and repeated.shape[-1] == x.shape[-1]:
             return repeated
+        width = x.shape[-1]
+        if maker.results == (x.id,) and set(repeated.shape) <= {1} and isinstance(width, int):
+            ones = self.constant(torch.ones([1] * (x.rank - 1) + [width], dtype=x.dtype), "row")
+            return self.op("mul", ones, self.lift(repeated, x.rank), out=ones.shape, hint="row")
         scalar = self.variables.get(self._viewed(repeated).id)
-        if scalar is None or scalar.tensor.numel() > 1 or not isinstance(x.shape[-1], int):
+        if scalar is None or scalar.tensor.numel() > 1 or not isinstance(width, int):
             return x
-        row = torch.full((*[1] * (x.rank - 1), x.shape[-1]), scalar.tensor.item(), dtype=x.dtype)
+        row = torch.full((*[1] * (x.rank - 1), width), scalar.tensor.item(), dtype=x.dtype)
         return self.constant(row, "row")
 
     def _viewed(self, x: Ref) -> Ref:
