@@ -90,9 +90,12 @@ class _Lowering:
         statements = tuple(_renamed(s, rename) for s in self.emitter.statements)
         identifiers = {n: rename.get(r.id, r.id) for n, r in self.env.items() if isinstance(r, Ref) and r.fqn is None}
         # A module kept whole is given weights that its lowering may not read.
-        read = {leaf.id for s in statements for leaf in pytree.tree_leaves(list(s.args)) if isinstance(leaf, Ref)}
+        leaves = pytree.tree_leaves([[*s.args, *(value for _, value in s.attrs)] for s in statements])
+        read = {leaf.id for leaf in leaves if isinstance(leaf, Ref)}
+        bodies = "".join(line for _, body in self.emitter.fragments.values() for line in body)
         stored = [*self.variables.values(), *self.emitter.variables.values()]
-        variables = sorted((v for v in stored if v.id in read), key=lambda v: v.label)
+        kept = [v for v in stored if v.id in read or f'label = "{v.label}"' in bodies]
+        variables = sorted(kept, key=lambda v: v.label)
         name = Names(VariableNamingScheme.RAW, ()).unique(name)
         document = Document(
             name,

@@ -146,9 +146,13 @@ class Emitter:
         direct = maker.results == (x.id,)
         if direct and repeated.shape[-1] == x.shape[-1]:
             return repeated
+        width = x.shape[-1]
+        if direct and set(repeated.shape) <= {1} and isinstance(width, int):
+            ones = self.constant(torch.ones([1] * (x.rank - 1) + [width], dtype=x.dtype), "row")
+            return self.op("mul", ones, self.lift(repeated, x.rank), out=ones.shape, hint="row")
         scalar = self.variables.get(self._viewed(repeated).id)
-        if scalar is not None and scalar.tensor.numel() == 1 and isinstance(x.shape[-1], int):
-            row = torch.full((*[1] * (x.rank - 1), x.shape[-1]), scalar.tensor.item(), dtype=x.dtype)
+        if scalar is not None and scalar.tensor.numel() == 1 and isinstance(width, int):
+            row = torch.full((*[1] * (x.rank - 1), width), scalar.tensor.item(), dtype=x.dtype)
             return self.constant(row, "row")
         if direct and not all(isinstance(d, int) for d in x.shape):
             raise self.refuse("a product over numbers that are all one number, expanded; multiply it by weight.sum(-1)")
