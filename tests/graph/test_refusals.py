@@ -215,7 +215,7 @@ def even(x):
     [
         (bounded, "B <= 6", (1, 5, 6), (7, 12)),
         (table, "B <= 9", (1, 9), (10,)),
-        (even, "(B - (B / 2) * 2) == 0", (2, 8), (3,)),
+        (even, "(B - (2 * (B / 2))) == 0", (2, 8), (3,)),
     ],
     ids=["branch", "length of a table", "modulo"],
 )

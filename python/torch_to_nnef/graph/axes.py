@@ -66,7 +66,7 @@ def _asserted(text: str) -> Condition:
         left, right = (_parsed(ast.parse(side.strip(), mode="eval").body) for side in match.group(1, 3))  # type: ignore[union-attr]
     except (SyntaxError, KeyError, AttributeError):
         raise T2NErrorInvalidArgument(
-            f"tract_assert {text!r}: write one relation (==, <=, >=, <, >) of sums and products: tract_assert S <= 512"
+            f"tract_assert {text!r}: write one relation (==, <=, >=, <, >) of sums, products and whole quotients: tract_assert S <= 512"
         ) from None
     relation = _RELATIONS[match.group(2)]  # type: ignore[union-attr]
 
@@ -90,6 +90,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[sympy.Expr, sympy.Expr], sympy
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
+    ast.Div: lambda above, below: sympy.floor(above / below),
 }
 
 

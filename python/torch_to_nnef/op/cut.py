@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from torch_to_nnef.graph.ir import Dim
+from torch_to_nnef.graph.tdim import dim_text
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.index import at_least_1d, flat, permuted
 from torch_to_nnef.op.registry import lowers
@@ -49,6 +50,7 @@ def _at(scale: int, dim: Dim) -> int:
     """`dim` where its symbols are large, prime-like numbers."""
     if isinstance(dim, int):
         return dim
+    dim_text(dim)  # refuses what tract has no form for, nor sympy a number
     symbols = sorted(dim.free_symbols, key=str)
     return int(dim.subs({symbol: scale + 2 * i for i, symbol in enumerate(symbols)}))
 

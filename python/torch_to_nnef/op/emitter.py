@@ -242,9 +242,7 @@ class Emitter:
     def scalar(self, value: Scalar | Dim, dtype: torch.dtype) -> Ref | float:
         """A number beside a tensor of `dtype`. A float literal is f32 to tract, and so the result beside a constant; an integer a TDim."""
         if not isinstance(value, (int, float)):
-            return self.op(
-                "tract_core_cast", value, out=(), dtype=dtype, hint="size", to=tract_dtype(dtype, self.node.where())
-            )
+            return size(self, value, dtype)
         if dtype is torch.float32 and math.isfinite(value):
             return float(value)
         return self.full(value, dtype)
