@@ -1,5 +1,6 @@
 """Promises about the package itself: light import, lazy names, stubs that match, errors that are all raised somewhere."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,12 @@ def test_every_error_derives_from_the_base_and_is_raised_by_a_test(name):
 
 def texts():
     return [path.read_text() for path in TESTS.rglob("test_*.py") if path.name != Path(__file__).name]
+
+
+PRIVATE = re.compile(r"torch\._[a-zA-Z]|_pytree|fx\.experimental|utils\._sympy")
+
+
+def test_private_parts_of_torch_are_named_in_one_file():
+    package = Path(torch_to_nnef.__file__).parent
+    named = {path.name for path in package.rglob("*.py") if PRIVATE.search(path.read_text())}
+    assert named == {"torch_internals.py"}

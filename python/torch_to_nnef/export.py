@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from torch_to_nnef._native import put_in_place
 from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIoQuantity
@@ -34,6 +33,7 @@ from torch_to_nnef.nnef.names import VariableNamingScheme
 from torch_to_nnef.nnef.writer import target_path, write_archive
 from torch_to_nnef.op.extensions import load_modules
 from torch_to_nnef.op.registry import table
+from torch_to_nnef.torch_internals import OpOverload, pytree
 from torch_to_nnef.verify import (
     Candidate,
     Comparison,
@@ -177,7 +177,7 @@ def captured_graph(model: nn.Module, inputs: Inputs) -> tuple[Captured, Graph]:
     if captured.writes_in_place():
         captured = decompose(captured, ())
     graph = to_graph(captured)
-    tried: set[torch._ops.OpOverload] = set()
+    tried: set[OpOverload] = set()
     while new := [op for op in missing_ops(graph) if op not in tried]:
         tried.update(new)
         captured = decompose(captured, new)

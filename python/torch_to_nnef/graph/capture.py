@@ -13,10 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NError, T2NErrorDynamicShapeValue, T2NErrorInvalidArgument
 from torch_to_nnef.graph.conds import inline_conds
@@ -28,6 +25,7 @@ from torch_to_nnef.graph.opaque import ModuleCall, Uses, kept_whole
 from torch_to_nnef.graph.patches import symbolic_sizes
 from torch_to_nnef.graph.places import module_names
 from torch_to_nnef.graph.torchscript import interpreted_functions
+from torch_to_nnef.torch_internals import FakeTensorMode, OpOverload, ShapeEnv, pytree
 
 # torch burns sizes 0 and 1 into a graph, so a dynamic axis is traced at this size or more.
 _SMALLEST_TRACED = 2
@@ -157,7 +155,7 @@ def _axes(model: nn.Module, inputs: Inputs) -> dict[str, Axis]:
     }
 
 
-def decompose(captured: Captured, ops: Sequence[torch._ops.OpOverload]) -> Captured:
+def decompose(captured: Captured, ops: Sequence[OpOverload]) -> Captured:
     """The same capture with `ops` spelled out in simpler ones, in functional form."""
     known = torch.export.default_decompositions()
     table = {op: known[op] for op in ops if op in known}

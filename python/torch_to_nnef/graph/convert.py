@@ -10,7 +10,6 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node as FxNode
-from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorDynamicShapeValue, T2NErrorNotImplemented
 from torch_to_nnef.graph.axes import axis_expression
@@ -20,6 +19,7 @@ from torch_to_nnef.graph.fold import fold, live, values
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.places import Place, is_users
 from torch_to_nnef.graph.symbols import Symbols
+from torch_to_nnef.torch_internals import OpOverload, pytree
 
 # Calls without a value: checks that torch leaves in the graph. tract checks shapes and dtypes itself.
 _CHECKS = frozenset(
@@ -89,14 +89,14 @@ class _Converter:
             self.env[node] = self._located(node, self.symbols.dim, val)
         elif isinstance(val, (int, float, bool, torch.SymFloat, torch.SymBool)):
             self.env[node] = val  # a float on the way to a size says itself in the size; else `_argument` reads it
-        elif isinstance(node.target, torch._ops.OpOverload):
+        elif isinstance(node.target, OpOverload):
             self.nodes.append(self._node(node, node.target, val))
         else:
             raise T2NErrorNotImplemented(
                 f"{node.target} has no equivalent in NNEF: tract computes no branch or loop that is known only when it runs{_at(node)}"
             )
 
-    def _node(self, node: FxNode, target: torch._ops.OpOverload, val: Any) -> Node:
+    def _node(self, node: FxNode, target: OpOverload, val: Any) -> Node:
         many = isinstance(val, (list, tuple))
         if many and any(isinstance(v, (list, tuple)) for v in val):
             raise T2NErrorNotImplemented(

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from torch_to_nnef.graph.ir import Graph, Node, Value
+from torch_to_nnef.torch_internals import pytree
 
 aten = torch.ops.aten
 

@@ -6,6 +6,8 @@ import torch
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
+from torch_to_nnef.torch_internals import OpOverload, is_composite
+
 # Composite operators that give a tensor of their own; the schema of a composite one does not tell.
 _OWN_RESULT = """
 conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm layer_norm group_norm instance_norm
@@ -33,20 +35,20 @@ def make_functional(module: GraphModule) -> None:
 
 def _is_in_place(node: FxNode) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target not in _GRADIENT_ONLY
+    return isinstance(target, OpOverload) and target._schema.is_mutable and target not in _GRADIENT_ONLY
 
 
-def _functional(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+def _functional(op: OpOverload) -> OpOverload | None:
     """`relu` for `relu_`: the overload of the same arguments, of which `op` changes the first alone."""
     namespace, _, name = op._schema.name.partition("::")
     changed = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    found: torch._ops.OpOverload | None = getattr(packet, op._overloadname, None)
+    found: OpOverload | None = getattr(packet, op._overloadname, None)
     same = found is not None and _rest(found) == _rest(op)
     return found if same and name.endswith("_") and changed == [True] + [False] * (len(changed) - 1) else None
 
 
-def _rest(op: torch._ops.OpOverload) -> list[str]:
+def _rest(op: OpOverload) -> list[str]:
     """Names of all arguments but the first, which is `self` or `input`."""
     return [argument.name for argument in op._schema.arguments[1:]]
 
@@ -67,7 +69,7 @@ def _is_alone(node: FxNode, order: dict[FxNode, int]) -> bool:
 
 def _is_fresh(node: FxNode) -> bool:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or any(r.alias_info for r in target._schema.returns):
+    if not isinstance(target, OpOverload) or any(r.alias_info for r in target._schema.returns):
         return False
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+    composite = is_composite(target)
     return not composite or target._schema.name.split("::")[1] in _OWN_RESULT.split()

@@ -12,15 +12,14 @@ from unittest import mock
 
 import sympy
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.proxy import TracerBase
-from torch.utils._sympy.functions import Max, Min
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
 from torch_to_nnef.graph.axes import axis_expression
 from torch_to_nnef.graph.places import Place, running_place
 from torch_to_nnef.graph.tdim import dim_text
 from torch_to_nnef.log import LOGGER
+from torch_to_nnef.torch_internals import ShapeEnv, SymMax, SymMin
 
 _RELATIONS = {sympy.Eq: "==", sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">"}
 
@@ -135,7 +134,9 @@ class Limit:
     def assertion(self) -> str:
         """As tract's `tract_assert` has it."""
         left, right = self.condition.args
-        if self.condition.has(sympy.Min, sympy.Max, Min, Max):  # tract 0.23.9 proves with them until its stack is full
+        if self.condition.has(
+            sympy.Min, sympy.Max, SymMin, SymMax
+        ):  # tract 0.23.9 proves with them until its stack is full
             raise T2NErrorDynamicShapeValue(f"tract cannot reason on {self.condition}")
         return f"{dim_text(left)} {_RELATIONS[type(self.condition)]} {dim_text(right)}"
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import (
     T2NErrorDynamicShapeValue,
@@ -17,6 +16,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorIoQuantity,
 )
 from torch_to_nnef.graph.axes import axis_expression, solved, symbol
+from torch_to_nnef.torch_internals import pytree
 
 Args = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor
 DynamicAxes = Mapping[str, Mapping[int, str]]

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
+from torch_to_nnef.torch_internals import OpOverload
+
 # A dimension: a number, or an expression over the user's axis names ("B", "S + P").
 Dim: TypeAlias = int | sympy.Expr
 Shape: TypeAlias = tuple[Dim, ...]
@@ -32,7 +34,7 @@ class Node:
     """One ATen call. `args`/`kwargs` hold `Value`s, `Dim`s and literals, in lists as the schema has them."""
 
     name: str
-    target: torch._ops.OpOverload
+    target: OpOverload
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[Value, ...]

@@ -15,12 +15,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Node
 from torch_to_nnef.quantize.targets import Use
+from torch_to_nnef.torch_internals import pytree
 
 # Fqn patterns within the module -> how its lowering uses these weights.
 Uses = Mapping[str, Use]

@@ -16,6 +16,7 @@ from torch.nn.functional import max_pool2d
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.istft import istft
 from torch_to_nnef.graph.recurrent import GATES, recurrent
+from torch_to_nnef.torch_internals import recurrent_functions
 
 Size = int | tuple[int, ...] | list[int]
 
@@ -37,14 +38,14 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield math, "sqrt", partial(_sqrt, math.sqrt)
     for holder in (torch, Tensor):
         yield holder, "istft", istft
-    for holder in (torch, torch._VF):
+    for holder in (torch, recurrent_functions):
         for mode in GATES:
             yield holder, mode, partial(_recurrent_layers, mode)
     # The module keeps a second list of its weights, which torch would renew, and so change the model, while it traces.
     yield nn.RNNBase, "_flat_weights", property(lambda rnn: [getattr(rnn, name) for name in rnn._flat_weights_names])
     yield nn.RNNBase, "_update_flat_weights", lambda rnn: None
     for name in ("_pack_padded_sequence", "_pad_packed_sequence"):
-        yield torch._VF, name, _packed_sequence
+        yield recurrent_functions, name, _packed_sequence
 
 
 def _sqrt(root: Callable[[Any], float], value: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_to_nnef.torch_internals import recurrent_functions
+
 # Torch's function -> gates stacked in its weights.
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -34,7 +36,7 @@ def _compute(
     steps = 1 if batch_first else 0
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
     first = [s.unsqueeze(0) for s in state]
-    function = getattr(torch._VF, mode)
+    function = getattr(recurrent_functions, mode)
     x = input.flip(steps) if reverse else input
     y, *last = function(
         x, first if mode == "lstm" else first[0], weights, b_ih is not None, 1, 0.0, False, False, batch_first

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
 from torch_to_nnef.graph.ir import Dim
+from torch_to_nnef.torch_internals import FloorDiv
 
 # -- torch's functions on integers, in floor division alone
 

@@ -6,17 +6,17 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
-from torch.utils import _pytree as pytree
 
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.opaque import weight_use
 from torch_to_nnef.graph.recurrent import recurrent
 from torch_to_nnef.quantize.targets import Use
+from torch_to_nnef.torch_internals import OpOverload, pytree
 
 aten = torch.ops.aten
 
 # (op, position of the argument) -> use.
-_USES: Mapping[tuple[torch._ops.OpOverload, int], Use] = {
+_USES: Mapping[tuple[OpOverload, int], Use] = {
     (aten.linear.default, 1): Use.LINEAR,
     (recurrent, 2): Use.LINEAR,
     (recurrent, 3): Use.LINEAR,

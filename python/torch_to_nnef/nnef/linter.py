@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from torch.utils import _pytree as pytree
-
 from torch_to_nnef.exceptions import T2NErrorConsistency
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.op.statement import Ref, Statement, Variable
 from torch_to_nnef.tensor.quant import QTensor, q40_shape_reason
+from torch_to_nnef.torch_internals import pytree
 
 _VARIABLE = re.compile(r'(\w+) = variable<scalar>\(label = "([^"]*)"')
 _EINSUM = re.compile(r'tract_core_einsum\(\[(\w+), \w+\], expr = "([^"]*)"')

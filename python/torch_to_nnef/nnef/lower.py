@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from torch_to_nnef.exceptions import T2NErrorMissingOpEmitter, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Graph, Node, Value
@@ -19,6 +18,7 @@ from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import table
 from torch_to_nnef.op.statement import Ref, Statement, Unavailable, Variable
 from torch_to_nnef.tensor.quant import QTensor
+from torch_to_nnef.torch_internals import OpOverload, pytree
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Lowered:
     identifiers: Mapping[str, str]
 
 
-def missing_ops(graph: Graph) -> list[torch._ops.OpOverload]:
+def missing_ops(graph: Graph) -> list[OpOverload]:
     """Ops of the graph without a handler, each once."""
     table()
     return list(dict.fromkeys(node.target for node in graph.nodes if node.target not in table_of(node)))

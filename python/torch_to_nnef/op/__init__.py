@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.registry import OpOverload, builtins
+from torch_to_nnef.op.registry import builtins
 from torch_to_nnef.op.statement import Lowering, Ref
+from torch_to_nnef.torch_internals import OpOverload
 
 if TYPE_CHECKING:
     from torch import nn

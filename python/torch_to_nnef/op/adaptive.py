@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.utils._sympy.functions import FloorDiv
 
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.emitter import Emitter
@@ -13,6 +12,7 @@ from torch_to_nnef.op.pool import Windows, max_with_index, mean_pool
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.separable import along
 from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.torch_internals import FloorDiv
 
 aten = torch.ops.aten
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from torch_to_nnef.graph.ir import Node, Value
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.registry import OPS, OpOverload, OpTable, Result
+from torch_to_nnef.op.registry import OPS, OpTable
 from torch_to_nnef.op.statement import Ref, Result
+from torch_to_nnef.torch_internals import OpOverload, pytree
 
 aten = torch.ops.aten
 

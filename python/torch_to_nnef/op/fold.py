@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.utils._sympy.functions import FloorDiv
 
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.conv import transposed
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.torch_internals import FloorDiv
 
 aten = torch.ops.aten
 

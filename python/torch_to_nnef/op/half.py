@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from torch_to_nnef.graph.ir import Node
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.statement import Lowering, Ref, Result
+from torch_to_nnef.torch_internals import pytree
 
 # Operators that tract would round within, or compute from few digits, in f16.
 _IN_SINGLE = """

@@ -11,6 +11,7 @@ from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.operand import Operand, as_ref
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Lowering, Ref
+from torch_to_nnef.torch_internals import OpOverload, OpOverloadPacket
 
 aten = torch.ops.aten
 
@@ -45,7 +46,7 @@ _INFINITE = {
 }
 
 
-def _overloads(packets: list[torch._ops.OpOverloadPacket]) -> list[torch._ops.OpOverload]:
+def _overloads(packets: list[OpOverloadPacket]) -> list[OpOverload]:
     names = ("Tensor", "Scalar", "Scalar_Tensor", "Tensor_Scalar")
     return [getattr(packet, name) for packet in packets for name in names if hasattr(packet, name)]
 

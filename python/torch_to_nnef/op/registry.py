@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
@@ -18,8 +17,8 @@ from torch_to_nnef.op import extensions, half
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.statement import Lowering, Ref, Result
 from torch_to_nnef.quantize.targets import Use
+from torch_to_nnef.torch_internals import OpOverload, OpOverloadPacket
 
-OpOverload = torch._ops.OpOverload
 F = TypeVar("F", bound=Lowering)
 
 _FAMILIES = (
@@ -222,7 +221,7 @@ class OpTable:
 
 
 def _check_overload(op: object) -> None:
-    if isinstance(op, torch._ops.OpOverloadPacket):
+    if isinstance(op, OpOverloadPacket):
         choices = ", ".join(f"{op}.{name}" for name in op.overloads())  # type: ignore[no-untyped-call]
         raise T2NErrorInvalidArgument(f"{op} has overloads; register for one of {choices}")
     if not isinstance(op, OpOverload):

@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import Self
 
 from torch_to_nnef.tensor.updater import ModTensorUpdater
+from torch_to_nnef.torch_internals import no_torch_function
 
 
 class NamedTensor(torch.Tensor):
@@ -24,7 +25,7 @@ class NamedTensor(torch.Tensor):
 
     nnef_name: str
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls: type[Self], tensor: torch.Tensor, nnef_name: str) -> Self:

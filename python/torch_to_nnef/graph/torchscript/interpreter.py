@@ -14,9 +14,8 @@ from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.torchscript.operators import call
+from torch_to_nnef.torch_internals import JitBlock, JitGraph, JitNode, inline_calls
 
-JitNode = torch._C.Node
-JitBlock = torch._C.Graph | torch._C.Block
 # Calls of methods, under a name that torch's inliner, wanted for functions only, does not know.
 _METHOD = "t2n::CallMethod"
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
@@ -46,10 +45,10 @@ class Code:
     `frozen`: fqn -> float weight that torch.jit.freeze made a constant.
     """
 
-    def __init__(self, graph: torch._C.Graph, schema: Any) -> None:
+    def __init__(self, graph: JitGraph, schema: Any) -> None:
         self.graph = graph.copy()
         _hide_method_calls(self.graph, self.graph)
-        torch._C._jit_pass_inline(self.graph)
+        inline_calls(self.graph)
         self.signature = _signature(schema.arguments)
         self.frozen = dict(_frozen(self.graph))
 
@@ -64,7 +63,7 @@ class Code:
         return results[0] if len(results) == 1 else tuple(results)
 
 
-def _hide_method_calls(graph: torch._C.Graph, block: JitBlock) -> None:
+def _hide_method_calls(graph: JitGraph, block: JitBlock) -> None:
     for node in list(block.nodes()):
         for inner in node.blocks():
             _hide_method_calls(graph, inner)
@@ -86,7 +85,7 @@ def _signature(arguments: Sequence[Any]) -> inspect.Signature:
     return inspect.Signature([parameter(argument) for argument in arguments])
 
 
-def _frozen(graph: torch._C.Graph) -> Iterator[tuple[str, torch.Tensor]]:
+def _frozen(graph: JitGraph) -> Iterator[tuple[str, torch.Tensor]]:
     """torch.jit.freeze names the constants it makes after the attribute they were."""
     for node in graph.nodes():
         if node.kind() == "prim::Constant" and (name := node.output().debugName()).startswith("self."):

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import gelu, linear, multi_head_attention_forward
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.torch_internals import JitNode, OpOverload, parse_schema
 
 # In the order of c10::ScalarType: TorchScript says dtypes as positions in it.
 _DTYPES = (
@@ -21,7 +22,7 @@ _DTYPES = (
 )
 
 
-def call(node: torch._C.Node, args: list[Any]) -> Any:
+def call(node: JitNode, args: list[Any]) -> Any:
     """The value of `node` for `args`, a list if it has several."""
     kind = node.kind()
     # A traced size goes through tensors (`prim::NumToTensor`); here it stays a number, and so does what is computed from it.
@@ -38,10 +39,10 @@ def call(node: torch._C.Node, args: list[Any]) -> Any:
 
 
 @functools.cache
-def _overload(schema: str) -> torch._ops.OpOverload | None:
+def _overload(schema: str) -> OpOverload | None:
     if schema == "(no schema)":
         return None
-    parsed = torch._C.parse_schema(schema)
+    parsed = parse_schema(schema)
     namespace, name = parsed.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name, None)
     return getattr(packet, parsed.overload_name or "default", None)

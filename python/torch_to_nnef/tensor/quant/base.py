@@ -9,7 +9,6 @@ import copy
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch.utils._pytree import tree_any, tree_map_only
 
 from torch_to_nnef.exceptions import (
     T2NErrorInconsistentTensor,
@@ -18,6 +17,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorNotImplemented,
 )
 from torch_to_nnef.tensor.quant.scheme import QScalePerGroupF16, QScheme
+from torch_to_nnef.torch_internals import pytree, without_torch_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -247,7 +247,7 @@ class QTensor(torch.Tensor):
                 raise _read_only(func)
             if func in _ASKS_GRADIENT and (*args, kwargs.get("requires_grad", True))[1]:
                 raise T2NErrorMisuse(f"{args[0]!r} cannot require a gradient: its codes are integers")
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return func(*args, **kwargs)
 
     @classmethod
@@ -266,7 +266,7 @@ class QTensor(torch.Tensor):
                 moved = args[0]._clone(kwargs.get("dtype"))
                 return moved if kwargs.get("device") is None else moved.to_device(kwargs["device"])
         _refuse_writes(func, args, kwargs)
-        args, kwargs = tree_map_only(QTensor, lambda q: q.decompress(), (args, kwargs))
+        args, kwargs = pytree.tree_map_only(QTensor, lambda q: q.decompress(), (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -287,7 +287,7 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = args[position] if position < len(args) else kwargs.get(argument.name)
-        if tree_any(lambda leaf: isinstance(leaf, QTensor), value):
+        if pytree.tree_any(lambda leaf: isinstance(leaf, QTensor), value):
             raise _read_only(func)
 
 

@@ -1,0 +1,55 @@
+"""All that this package takes from torch without torch promising to keep it: where a new torch breaks us, it breaks here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import Max as SymMax
+from torch.utils._sympy.functions import Min as SymMin
+
+__all__ = [
+    "FakeTensorMode",
+    "FloorDiv",
+    "JitBlock",
+    "JitGraph",
+    "JitNode",
+    "OpOverload",
+    "OpOverloadPacket",
+    "ShapeEnv",
+    "SymMax",
+    "SymMin",
+    "inline_calls",
+    "is_composite",
+    "no_torch_function",
+    "parse_schema",
+    "pytree",
+    "recurrent_functions",
+    "without_torch_function",
+]
+
+OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
+
+JitGraph = torch._C.Graph
+JitNode = torch._C.Node
+JitBlock = torch._C.Graph | torch._C.Block
+inline_calls = torch._C._jit_pass_inline
+parse_schema = torch._C.parse_schema
+
+# Where nn.LSTM and its like look `lstm`... up.
+recurrent_functions: Any = torch._VF
+
+# For a tensor subclass whose operators need no look at the subclass.
+no_torch_function = torch._C._disabled_torch_function_impl
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+
+
+def is_composite(op: OpOverload) -> bool:
+    """Whether torch computes `op` by calling other operators, one of which may be given back as it is."""
+    key = "CompositeImplicitAutograd"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))  # type: ignore[no-untyped-call]
