@@ -234,15 +234,24 @@ def test_products_of_broadcasts_keep_their_batch(tmp_path):
 
 
 class Expanded(Repeated):
-    """A product of one number that is no constant, though it is made with one."""
+    """The product of expanded numbers: one that is no constant, though it is made with one, or one a row."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
 
     def forward(self, frames):
-        return self.layer(torch.maximum(torch.tensor(0.25), frames.mean()).expand(frames.shape[0], 8))
+        one = torch.maximum(torch.tensor(0.25), frames.mean())
+        return self.layer((frames.mean(1, keepdim=True) if self.rows else one).expand(frames.shape[0], 8))
 
 
-def test_products_of_one_expanded_number_are_refused(tmp_path):
+def test_products_of_an_expanded_number_keep_their_batch(tmp_path):
+    export(Expanded(rows=False).eval(), x(3, 8), tmp_path / "m.nnef", frames=B)
+
+
+def test_products_of_an_expanded_number_a_row_are_refused(tmp_path):
     with pytest.raises(T2NErrorNotImplemented, match="all one number"):
-        export(Expanded().eval(), x(3, 8), tmp_path / "m.nnef", frames=B)
+        export(Expanded(rows=True).eval(), x(3, 8), tmp_path / "m.nnef", frames=B)
 
 
 class Loop(nn.Module):
