@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from torch_to_nnef.graph.ir import Node, Value
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.registry import OPS, OpOverload, OpTable, Result
+from torch_to_nnef.op.registry import OPS, OpOverload, OpTable
 from torch_to_nnef.op.statement import Ref, Result
 
 aten = torch.ops.aten
