@@ -196,6 +196,7 @@ def test_sizes_of_names():
         ("S >= 2*P", {"S": 4, "P": 2}, {"S": 3, "P": 2}),
         ("S+P == 9", {"S": 4, "P": 5}, {"S": 4, "P": 4}),
         ("S > 1;", {"S": 2}, {"S": 1}),
+        ("(2 * S) / 3 == 2", {"S": 4}, {"S": 5}),
         ("S < 4096 - P", {"S": 1, "P": 1}, {"S": 4095, "P": 1}),
     ],
 )
@@ -210,7 +211,9 @@ def test_an_assertion_of_names_that_are_not_there():
     assert condition.holds({"S": 9})
 
 
-@pytest.mark.parametrize("text", ["", "S", "S <= 4 <= 5", "S != 3", "S ** 2 < 4", "causal: S > 1"])
+@pytest.mark.parametrize(
+    "text", ["", "S", "S <= 4 <= 5", "S != 3", "S ** 2 < 4", "S / P > 1", "2 * S / 3 > 1", "causal: S > 1"]
+)
 def test_an_assertion_that_cannot_be_read(text):
     with pytest.raises(T2NErrorInvalidArgument, match="write one relation"):
         asserted([f"tract_assert {text}"])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import sympy
+from torch.utils._sympy.functions import FloorDiv
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument
 
@@ -61,12 +62,13 @@ def asserted(extensions: Iterable[str]) -> list[Condition]:
 
 
 def _asserted(text: str) -> Condition:
-    match = _RELATION.fullmatch(text)
+    # tract divides before it multiplies: what Python reads otherwise has to be in brackets.
+    match = None if _UNCLEAR.search(text) else _RELATION.fullmatch(text)
     try:
         left, right = (_parsed(ast.parse(side.strip(), mode="eval").body) for side in match.group(1, 3))  # type: ignore[union-attr]
     except (SyntaxError, KeyError, AttributeError):
         raise T2NErrorInvalidArgument(
-            f"tract_assert {text!r}: write one relation (==, <=, >=, <, >) of sums, products and whole quotients: tract_assert S <= 512"
+            f"tract_assert {text!r}: write one relation (==, <=, >=, <, >) of sums, products, quotients by numbers: tract_assert S <= 512"
         ) from None
     relation = _RELATIONS[match.group(2)]  # type: ignore[union-attr]
 
@@ -78,6 +80,13 @@ def _asserted(text: str) -> Condition:
     return Condition(text, holds, frozenset(map(int, (left - right).atoms(sympy.Integer))))
 
 
+def _quotient(above: sympy.Expr, below: sympy.Expr) -> sympy.Expr:
+    if not below.is_Integer or below <= 0:
+        raise KeyError(below)
+    return FloorDiv(above, below)
+
+
+_UNCLEAR = re.compile(r"\*\s*\w+\s*/")
 _RELATION = re.compile(r"([^=<>]+)(==|<=|>=|<|>)([^=<>]+)")
 _RELATIONS: Mapping[str, Callable[[sympy.Expr, int], bool]] = {
     "==": operator.eq,
@@ -90,7 +99,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[sympy.Expr, sympy.Expr], sympy
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: lambda above, below: sympy.floor(above / below),
+    ast.Div: _quotient,
 }
 
 

@@ -30,13 +30,15 @@ def _rest(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     return a - b * FloorDiv(a, b)
 
 
-def _rounded(up: bool, name: str) -> Callable[[sympy.Expr], sympy.Expr]:
-    def rule(value: sympy.Expr) -> sympy.Expr:
-        ratio = _ratio(value)
+def _rounded(name: str, up: bool = False) -> Callable[..., sympy.Expr]:
+    def rule(value: sympy.Expr, *digits: sympy.Expr) -> sympy.Expr:
+        ratio = None if name == "RoundToInt" else _ratio(value)
         if ratio is None or (name == "TruncToInt" and lowest(ratio[0]) < 0):
-            return sympy.Function(name)(value)
-        numerator, denominator = ratio
-        return FloorDiv(numerator + (denominator - 1 if up else 0), denominator)
+            raise T2NErrorDynamicShapeValue(
+                f"the size {name}({value}) is computed in floating point, which tract does not; compute sizes in integers (//)"
+            )
+        above, below = ratio
+        return FloorDiv(above + (below - 1 if up else 0), below)
 
     return rule
 
@@ -60,9 +62,10 @@ _EXACT: Mapping[str, Callable[..., sympy.Expr]] = {
     "Mod": _rest,
     "PythonMod": _rest,
     "CleanDiv": FloorDiv,
-    "CeilToInt": _rounded(True, "CeilToInt"),
-    "FloorToInt": _rounded(False, "FloorToInt"),
-    "TruncToInt": _rounded(False, "TruncToInt"),
+    "CeilToInt": _rounded("CeilToInt", up=True),
+    "FloorToInt": _rounded("FloorToInt"),
+    "RoundToInt": _rounded("RoundToInt"),
+    "TruncToInt": _rounded("TruncToInt"),
     "Identity": lambda expr: expr,
 }
 
