@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument
+from torch_to_nnef.torch_internals import FloorDiv
 
 
 def symbol(name: str) -> sympy.Symbol:
