@@ -293,6 +293,18 @@ def test_state_in_buffers(cache, line, tmp_path):
     assert_reports(raised, line, "take the old value as an input and return the new one as an output")
 
 
+class Grown(Cache):
+    def forward(self, x):
+        self.seen = self.seen if len(self.seen) >= x.shape[1] else torch.zeros(x.shape[1])
+        return x + self.seen[: x.shape[1]]
+
+
+def test_a_buffer_assigned_to_itself_is_no_state(tmp_path):
+    model = Outer(None)
+    model.blocks[1] = Grown()
+    export(model, tmp_path)
+
+
 def test_torch_cond_computes_both_sides(tmp_path):
     def chooses(x):
         def small(x):

@@ -14,7 +14,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument
 from torch_to_nnef.graph.axes import asserted, axis_expression, solved, symbol
-from torch_to_nnef.graph.symbols import Symbols
+from torch_to_nnef.graph.symbols import Symbols, _condition
 from torch_to_nnef.graph.tdim import dim_text, exact, lowest
 from torch_to_nnef.tract_model import TractModel
 
@@ -217,3 +217,8 @@ def test_an_assertion_of_names_that_are_not_there():
 def test_an_assertion_that_cannot_be_read(text):
     with pytest.raises(T2NErrorInvalidArgument, match="write one relation"):
         asserted([f"tract_assert {text}"])
+
+
+def test_a_condition_without_a_value_does_not_hold():
+    condition = _condition(sympy.Eq(Mod(S - 2, 2), 0))
+    assert [condition.holds({"S": size}) for size in (1, 3, 4)] == [False, False, True]

@@ -175,7 +175,7 @@ CLASSIFICATION = [
     Case("swin_v2", partial(swin, 2), x(2, 3, 32, 32), {"x": B}),
     Case("maxvit", maxvit, x(2, 3, 64, 64), {"x": B}),
     Case("densenet", partial(models.DenseNet, 16, (2, 2, 2), 32), x(2, 3, 64, 64), IMAGE),
-    Case("shufflenet", partial(models.ShuffleNetV2, [1, 1, 1], [24, 32, 64, 128, 256]), x(2, 3, 64, 64), IMAGE),
+    Case("shufflenet", partial(models.ShuffleNetV2, [1, 1, 1], [24, 32, 64, 128, 256]), x(2, 3, 64, 64), {"x": B}),
     Case(
         "inception_v3", partial(models.Inception3, 10, aux_logits=False, init_weights=False), x(2, 3, 96, 96), {"x": B}
     ),

@@ -77,7 +77,8 @@ class Watch:
 
         def set_attribute(module: nn.Module, name: str, value: Any) -> None:
             path = self.modules.get(id(module))
-            if path is not None and name in module._buffers and (place := running_place(self.modules)[0]):
+            changed = name in module._buffers and value is not module._buffers[name]
+            if path is not None and changed and (place := running_place(self.modules)[0]):
                 self.assigned[f"{path}.{name}" if path else name] = place
             assign(module, name, value)
 
