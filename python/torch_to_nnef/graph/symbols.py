@@ -55,7 +55,7 @@ def _condition(guard: sympy.Basic) -> Condition:
     def holds(sizes: Mapping[str, int]) -> bool:
         try:
             return bool(guard.xreplace({symbol(n): sympy.Integer(s) for n, s in sizes.items()}) != sympy.false)
-        except ZeroDivisionError:
+        except (ZeroDivisionError, AssertionError):  # torch's Mod asserts that its divisor is positive
             return False
 
     numbers = frozenset(map(int, guard.atoms(sympy.Integer)))
