@@ -23,6 +23,7 @@ ROWS = [
     unary(lambda t: (torch.var_mean(t, 1), torch.std_mean(t, 0, keepdim=True), t.var(correction=0), t.std(1, correction=2)), "moments"),
     Row("var_dynamic_axis", lambda t: (t.var(1), t.std((0, 1)), t.var(1, correction=2)), (x(3, 7),), {"args_0": BS}),
     *[Row(f"norm_{order}", lambda t, order=order: torch.linalg.vector_norm(t, order, 1), (x(3, 5) + 0.1,), {"args_0": B}) for order in (0, 0.5, 1, 2, 3, -1, math.inf, -math.inf)],
+    Row("renorm_half", lambda t: t.renorm(2, 0, 1.5), (x(3, 5).half(),), {"args_0": B}),
     unary(lambda t: (torch.norm(t), torch.dist(t, t.flip(1), 3), t.norm(1, 1)), "norms"),
     Row("logsumexp", lambda t: (t.logsumexp(1), t.logsumexp((0, 1), keepdim=True)), (torch.tensor([[1.0, 100.0, -math.inf], [-math.inf] * 3, [1.0, math.inf, 2.0]]),)),
     Row("nan_reductions", lambda t: (t.nansum(1), t.nanmean(1), t.nanmedian(1), torch.nanmedian(t), t.isnan().sum()), (GAPS,), {"args_0": B}),
@@ -33,7 +34,7 @@ ROWS = [
     Row("cummax_nan", lambda t: (t.cummax(1)[0], t.cummin(0)), (GAPS,), {"args_0": B}),
     Row("logcumsumexp_inf", lambda t: t.logcumsumexp(0), (torch.tensor([-math.inf, -math.inf, 1.0, 100.0]),)),
     Row("cumprod_integers", lambda t: t.cumprod(1), (ids(3, 9, high=90) + 1,), {"args_0": B}),
-    Row("diff", lambda t, p: (t.diff(), t.diff(n=2, dim=1), t.diff(prepend=p), (t > 0).diff()), (x(4, 5), x(4, 2)), {"args_0": B, "args_1": B}),
+    Row("diff", lambda t, p: (t.diff(), t.diff(n=2, dim=1), t.diff(prepend=p), t.diff(n=0), (t > 0).diff()), (x(4, 5), x(4, 2)), {"args_0": B, "args_1": B}),
     Row("diff_dynamic", lambda t: t.diff(dim=1), (x(4, 5),), {"args_0": BS}),
     # order
     Row("sort_ties", lambda t: (t.sort(1), t.sort(1, descending=True), t.argsort(0), torch.sort(t, stable=True, dim=0), t.msort()), (TIED,), {"args_0": B}),

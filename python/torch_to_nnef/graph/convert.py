@@ -113,6 +113,10 @@ class _Converter:
     def _value(self, name: str, val: Any) -> Value:
         if not isinstance(val, torch.Tensor):
             raise T2NErrorNotImplemented(f"{name} is a {type(val).__name__}, not a tensor; a graph holds tensors only")
+        if val.layout is not torch.strided:
+            raise T2NErrorNotImplemented(
+                f"{name} is sparse ({val.layout}); tract has dense tensors only: use to_dense()"
+            )
         shape, strides = (tuple(self.symbols.dim(d) for d in sizes) for sizes in (val.shape, val.stride()))
         dense, below = self.symbols.dim(val.storage_offset()) == 0, sympy.Integer(1)
         for size, stride in zip(reversed(shape), reversed(strides), strict=True):

@@ -149,6 +149,12 @@ def to_other(e: Emitter, x: Ref, other: Ref) -> Ref:
     return to(e, x)
 
 
+@lowers(torch.ops.prims.convert_element_type.default)
+def convert_element_type(e: Emitter, a: Ref, dtype: torch.dtype) -> Ref:
+    """Cast, as decompositions write it."""
+    return to(e, a)
+
+
 def _triangle(upper: bool) -> Lowering:
     def lower(e: Emitter, x: Ref, diagonal: int = 0) -> Ref:
         """One triangle of the last two axes, zeros elsewhere."""

@@ -102,6 +102,8 @@ def addmv(e: Emitter, x: Ref, mat: Ref, vec: Ref, beta: Scalar = 1, alpha: Scala
 def addr(e: Emitter, x: Ref, vec1: Ref, vec2: Ref, beta: Scalar = 1, alpha: Scalar = 1) -> Ref:
     """Beta * x + alpha * the products of all elements of two vectors."""
     dtype = e.out.dtype
+    if dtype is torch.bool:
+        raise e.refuse("a product of booleans; use `&` and `|`")
     return _add(e, x, e.binary("mul", e.unsqueeze(vec1, [1]), e.unsqueeze(vec2, [0]), dtype), beta, alpha)
 
 

@@ -117,6 +117,8 @@ def _along(start: Ref, axis: int, length: Dim) -> Shape:
 @lowers(aten.diff.default)
 def diff(e: Emitter, x: Ref, n: int = 1, dim: int = -1, prepend: Ref | None = None, append: Ref | None = None) -> Ref:
     """Differences of neighbours along one axis, n times; of booleans, whether they differ."""
+    if not n:
+        return x
     axis, dtype = dim % x.rank, e.out.dtype
     parts = [e.cast(part, dtype) for part in (prepend, x, append) if part is not None]
     length = sum(part.shape[axis] for part in parts)
