@@ -49,6 +49,7 @@ def test_python_of_the_readme_runs(run):
         "report.html",
         "float.nnef",
         "mine.nnef.tgz",
+        "tagger.nnef.tgz",
         "counted.nnef.tgz",
     }
 
