@@ -52,7 +52,7 @@ ROWS = [
     Row("sum_large_integers", lambda a: (a.sum(), a.sum(1), a.sum((0, 1), keepdim=True), a.cumsum(0)), (LARGE // 4,), {"args_0": B}),
     Row("ceil_integers", lambda a: (a.ceil(), a.floor(), a.round(), a.trunc()), (ids(3, 4),), {"args_0": B}),
     # booleans
-    two(lambda a, b: (a == b, a < b, a * b, a + b, torch.maximum(a, b), torch.minimum(a, b)), flags(3, 4), ~flags(3, 4).roll(1), "booleans"),
+    two(lambda a, b: (a == b, torch.isclose(a, b, equal_nan=True), a < b, a * b, a + b, torch.maximum(a, b), torch.minimum(a, b)), flags(3, 4), ~flags(3, 4).roll(1), "booleans"),
     Row("reduce_booleans", lambda a: (a.sum(1), a.amax(0), a.max(1), a.prod(1), a.cummax(1), a.sort(1)[0], a.any(), a.all()), (flags(3, 4),), {"args_0": B}),
     # comparison and choice
     *[edges(f) for f in (torch.isnan, torch.isinf, torch.isposinf, torch.isneginf, torch.isfinite, torch.signbit, torch.sgn)],

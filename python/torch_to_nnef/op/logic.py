@@ -151,7 +151,7 @@ def signbit(e: Emitter, x: Ref) -> Ref:
 def isclose(e: Emitter, x: Ref, other: Ref, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> Ref:
     """Whether equal, or finite and |x - other| <= atol + rtol * |other|."""
     close = compare(e, "eq", x, other)
-    if equal_nan:
+    if equal_nan and x.dtype.is_floating_point:
         nans = [e.op("ne", side, side, dtype=torch.bool) for side in (x, other)]
         close = e.binary("or", close, e.binary("and", nans[0], nans[1], torch.bool), torch.bool)
     if not (rtol or atol):
