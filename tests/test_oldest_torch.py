@@ -11,9 +11,14 @@ import pytest
 import torch_to_nnef
 
 ROOT = Path(__file__).parents[1]
-# What the package needs, and what these tests do. The version of the installed package is another's matter: this venv has the source.
+# What the package needs, and what these tests do.
 NEEDS = ("expecttest", "hypothesis", "numpy", "pytest", "pytest-timeout", "rich", "safetensors")
-TESTS = ("tests/test_tiny.py", "tests/op/test_table.py")
+TESTS = ("tests/test_tiny.py", *(f"tests/op/test_{family}.py" for family in ("table", "conv", "math", "rnn")))
+UNLIKE = (
+    "tests/test_tiny.py::test_the_version_comes_from_one_place",  # this venv has the source, not the package
+    "tests/op/test_table.py::test_op_gives_the_same_in_tract[int_div]",  # refused: torch 2.6 types it wrongly
+    "tests/op/test_rnn.py::test_a_loop_over_a_dynamic_length_says_what_to_use",  # it says less of what it cannot capture
+)
 
 
 @pytest.mark.slow
@@ -24,15 +29,8 @@ def test_the_oldest_torch_exports_the_same(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", f"torch=={oldest}.0", *NEEDS], check=True)
     environment = os.environ | {"PYTHONPATH": str(Path(torch_to_nnef.__file__).parents[1])}
-    options = (
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        "--deselect",
-        "tests/test_tiny.py::test_the_version_comes_from_one_place",
-    )
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    options += [word for test in UNLIKE for word in ("--deselect", test)]
     done = subprocess.run(
         [python, "-m", "pytest", *options, *TESTS],
         cwd=ROOT,

@@ -29,6 +29,7 @@ __all__ = [
     "parse_schema",
     "pytree",
     "recurrent_functions",
+    "since",
     "without_torch_function",
 ]
 
@@ -47,6 +48,14 @@ recurrent_functions: Any = torch._VF
 # For a tensor subclass whose operators need no look at the subclass.
 no_torch_function = torch._C._disabled_torch_function_impl
 without_torch_function = torch._C.DisableTorchFunctionSubclass
+
+
+def since(version: str, *names: str) -> list[OpOverload]:
+    """Overloads of aten (`relu.default`) that torch has had since `version`; none before."""
+    if torch.__version__ < torch.torch_version.TorchVersion(version):
+        return []
+    packets = ((getattr(torch.ops.aten, name), overload) for name, _, overload in (n.partition(".") for n in names))
+    return [getattr(packet, overload) for packet, overload in packets]
 
 
 def is_composite(op: OpOverload) -> bool:

@@ -108,7 +108,9 @@ def outcome(sample: Sample, dtype: str) -> Outcome:
 
 def dynamic(op) -> str:
     """Which axes may be symbols, over the first samples with axes: `all` (equal sizes share one), `first`, or `none`."""
-    dtype = torch.float32 if torch.float32 in op.dtypes else next(iter(op.dtypes))
+    dtype = torch.float32 if torch.float32 in op.dtypes else next(iter(op.dtypes), None)
+    if dtype is None:  # of GPUs only
+        return "none"
     for sample in itertools.islice(samples(op, dtype), 3):
         sized = [(f"tensors_{i}", t) for i, t in enumerate(sample.tensors) if t.dim() and max(t.shape) > 1]
         if not sized:

@@ -1,4 +1,7 @@
-"""`python tests/op/support.py` runs every recorded sample, and writes `outcomes.json` and `docs/supported_ops.md`."""
+"""`python tests/op/support.py` runs every recorded sample, and writes `outcomes.json` and `docs/supported_ops.md`.
+
+With names it measures those operators alone, with `--missing` those that are not recorded.
+"""
 
 import json
 import multiprocessing
@@ -147,7 +150,7 @@ def _handlers() -> list[str]:
 def main(names: list[str]) -> None:
     """Measure all operators, or those named, in as many processes as there are cores."""
     found, every = recorded(), _ops()
-    wanted = names or list(every)
+    wanted = [n for n in every if n not in found] if names == ["--missing"] else names or list(every)
     os.environ["OMP_NUM_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool() as pool:
         for done, (name, each, reasons) in enumerate(pool.imap_unordered(measure, wanted), 1):

@@ -155,6 +155,8 @@ def rsub(e: Emitter, x: Ref, other: Operand, alpha: Scalar = 1) -> Ref:
 @lowers(aten.div.Tensor, aten.div.Scalar)
 def div(e: Emitter, x: Operand, other: Operand) -> Ref:
     """True division: integers become floats first."""
+    if not (e.out.dtype.is_floating_point or e.out.dtype.is_complex):  # torch 2.6 and 2.7 type it so while they trace
+        raise e.refuse("this torch calls the quotient of integers an integer; divide floats, or use a newer torch")
     # tract multiplies by the reciprocal, which f16 cannot hold of small numbers nor well of large ones.
     dtype = torch.float32 if e.out.dtype is torch.float16 and isinstance(other, Ref) else e.out.dtype
     return e.cast(e.binary("div", x, other, dtype), e.out.dtype)

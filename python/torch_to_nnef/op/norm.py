@@ -10,6 +10,7 @@ import torch
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
+from torch_to_nnef.torch_internals import since
 
 aten = torch.ops.aten
 
@@ -58,7 +59,7 @@ def rms_norm(
     return _affine(e, e.cast(normal, input.dtype), weight, None)
 
 
-@lowers(aten._fused_rms_norm.default)
+@lowers(*since("2.8", "_fused_rms_norm.default"))
 def fused_rms_norm(
     e: Emitter, input: Ref, normalized_shape: Sequence[int], weight: Ref | None, eps: float | None
 ) -> list[Ref]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from torch_to_nnef.op.registry import OPS
+from torch_to_nnef.torch_internals import since
 
 aten = torch.ops.aten
 
@@ -66,7 +67,7 @@ _REASONS = {
         aten.special_shifted_chebyshev_polynomial_v.default,
         aten.special_shifted_chebyshev_polynomial_w.default,
     ),
-    _BITS: (aten.nextafter.default, aten.hash_tensor.default),
+    _BITS: (aten.nextafter.default, *since("2.8", "hash_tensor.default")),
 }
 # Drawn from a generator: every overload.
 _RANDOM = (

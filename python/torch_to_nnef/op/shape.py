@@ -112,9 +112,11 @@ def repeat(e: Emitter, x: Ref, repeats: Sequence[Dim]) -> Ref:
 
 @lowers(aten.cat.default, aten.concat.default)
 def cat(e: Emitter, tensors: list[Ref], dim: int = 0) -> Ref:
-    """Joined along one axis; torch lets empty vectors stand among the parts."""
-    parts = [e.cast(part, e.out.dtype) for part in tensors if part.shape != (0,)]
-    return parts[0] if len(parts) == 1 else e.op("concat", parts, out=e.out.shape, dtype=e.out.dtype, axis=e.axis(dim))
+    """Joined along one axis; empty parts are left out."""
+    axis = e.axis(dim)
+    filled = [part for part in tensors if part.shape != (0,) and part.shape[axis] != 0] or tensors[:1]
+    parts = [e.cast(part, e.out.dtype) for part in filled]
+    return parts[0] if len(parts) == 1 else e.op("concat", parts, out=e.out.shape, dtype=e.out.dtype, axis=axis)
 
 
 @lowers(aten.stack.default)
