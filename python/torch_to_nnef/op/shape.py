@@ -38,7 +38,9 @@ def dropout(e: Emitter, input: Ref, p: float = 0.5, train: bool = False) -> Ref:
     return input
 
 
-@lowers(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
+@lowers(
+    aten.view.default, aten.view_copy.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints
+)
 def reshape(e: Emitter, x: Ref) -> Ref:
     """Same elements, another shape."""
     return e.reshape(x, e.out.shape)
