@@ -14,6 +14,7 @@ from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.names import Names, VariableNamingScheme
 from torch_to_nnef.op.complex_layout import is_complex, real_layout, table_of
+from torch_to_nnef.op.dtypes import check_storable
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import table
 from torch_to_nnef.op.statement import Ref, Statement, Unavailable, Variable
@@ -133,6 +134,7 @@ class _Lowering:
     def _weight(self, value: Value) -> Ref:
         fqn = self.graph.weights[value.name]
         tensor = self.graph.tensors[fqn]
+        check_storable(tensor, fqn)
         if id(tensor) not in self.variables:
             fqn = self.first_fqn[id(tensor)]
             stored = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor

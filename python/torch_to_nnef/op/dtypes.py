@@ -29,3 +29,11 @@ def tract_dtype(dtype: torch.dtype, where: str) -> str:
         hint = "; convert the model first: model.float() or model.half()" if dtype is torch.bfloat16 else ""
         raise T2NErrorNotImplemented(f"tract has no {str(dtype).removeprefix('torch.')} tensors (at {where}){hint}")
     return name
+
+
+def check_storable(tensor: torch.Tensor, where: str) -> None:
+    """Raise `T2NErrorNotImplemented` for a constant that tract 0.23.9 cannot read from a file."""
+    if tensor.dtype is torch.bool and not tensor.numel():
+        raise T2NErrorNotImplemented(
+            f"a boolean tensor without elements (at {where}) cannot be read by tract; use integers"
+        )

@@ -22,7 +22,9 @@ def einsum(e: Emitter, equation: str, tensors: list[Ref], path: list[int] | None
     sizes: dict[str, Dim] = {}
     for tensor, term in zip(tensors, terms, strict=True):
         sizes.update((a, d) for a, d in zip(term, tensor.shape, strict=True) if sizes.get(a, 1) == 1)
-    operands = [_simple(e, tensor, term, sizes) for tensor, term in zip(tensors, terms, strict=True)]
+    operands = [
+        _simple(e, e.cast(tensor, e.out.dtype), term, sizes) for tensor, term in zip(tensors, terms, strict=True)
+    ]
     total, axes = operands[0]
     for index, (operand, term) in enumerate(operands[1:], start=1):
         later = output + "".join(t for _, t in operands[index + 1 :])

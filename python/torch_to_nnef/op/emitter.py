@@ -10,7 +10,7 @@ import torch
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Dim, Node, Shape, Value
-from torch_to_nnef.op.dtypes import tract_dtype
+from torch_to_nnef.op.dtypes import check_storable, tract_dtype
 from torch_to_nnef.op.sizes import size
 from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 from torch_to_nnef.torch_internals import pytree
@@ -81,6 +81,7 @@ class Emitter:
 
     def constant(self, tensor: torch.Tensor, hint: str) -> Ref:
         """A tensor the handler computed, stored once in the archive however many nodes need it."""
+        check_storable(tensor, self.node.where())
         key = (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
         if key not in self._constants:
             name = self._fresh(None, f"constant_{hint}")
