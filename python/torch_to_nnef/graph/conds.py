@@ -10,9 +10,12 @@ from torch.fx import GraphModule, Node
 
 def inline_conds(module: GraphModule) -> None:
     """Write out every torch.cond on a tensor, in place. Torch has checked that branches are pure and agree in shapes and dtypes."""
-    for node in list(module.graph.nodes):
-        if node.target is torch.ops.higher_order.cond and isinstance(node.args[0].meta.get("val"), torch.Tensor):
-            _inline(module, node)
+    cond = torch.ops.higher_order.cond
+    found = [n for n in module.graph.nodes if n.target is cond and isinstance(n.args[0].meta.get("val"), torch.Tensor)]
+    if not found:
+        return
+    for node in found:
+        _inline(module, node)
     module.graph.eliminate_dead_code()
     module.recompile()
 

@@ -36,7 +36,8 @@ _MADE = frozenset(
         aten.linspace.default,
     }
 )
-_SAME = frozenset(
+# Calls that give their argument.
+IDENTITIES = frozenset(
     {
         aten.alias.default,
         aten.clone.default,
@@ -57,7 +58,7 @@ def fold(graph: Graph, constants: Collection[str]) -> Graph:
         if _is_known(node, known):
             name = node.outputs[0].name
             known[name] = _computed(node, known)
-            if node.target not in _SAME:
+            if node.target not in IDENTITIES:
                 made[name] = known[name]
     nodes = live([n for n in graph.nodes if n.outputs[0].name not in made], graph.outputs)
     used = {v.name for n in nodes for v in values((n.args, n.kwargs))} | {v.name for v in graph.outputs}
@@ -78,13 +79,13 @@ def _is_known(node: Node, known: Collection[str]) -> bool:
         and not any(hasattr(x, "free_symbols") for x in (*leaves, *sizes))
         and torch.Size(sizes).numel() <= _LARGEST
         and torch.Tag.nondeterministic_seeded not in node.target.tags
-        and (not node.target._schema.is_mutable or node.target in _SAME)
+        and (not node.target._schema.is_mutable or node.target in IDENTITIES)
     )
 
 
 @torch.no_grad()
 def _computed(node: Node, known: dict[str, torch.Tensor]) -> torch.Tensor:
-    if node.target in _SAME:
+    if node.target in IDENTITIES:
         return known[node.args[0].name]
     args, kwargs = pytree.tree_map(
         lambda leaf: known[leaf.name] if isinstance(leaf, Value) else leaf, (node.args, dict(node.kwargs))

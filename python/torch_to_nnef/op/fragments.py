@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch_to_nnef.op.complex_fragments import COMPLEX_FRAGMENTS
+from torch_to_nnef.op.fragments_complex import COMPLEX_FRAGMENTS
 from torch_to_nnef.op.fragments_math import MATH
 from torch_to_nnef.op.fragments_special import SPECIAL
 from torch_to_nnef.op.statement import Fragment

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from torch_to_nnef.graph.fold import IDENTITIES
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import lowers
@@ -14,15 +15,7 @@ from torch_to_nnef.op.statement import Ref
 aten = torch.ops.aten
 
 
-@lowers(
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.lift_fresh.default,
-    aten.lift_fresh_copy.default,
-)
+@lowers(*IDENTITIES)
 def same(e: Emitter, x: Ref) -> Ref:
     """The tensor itself."""
     return x
