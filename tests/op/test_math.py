@@ -68,6 +68,7 @@ ROWS = [
     edges(lambda t: (torch.where(t > 0, 1.0, t), torch.where(t > 0, t, 2.0), torch.where(t > 0, 1.0, 2.0)), "where_numbers"),
     edges(torch.frexp),
     two(torch.atan2, x(3, 7), x(3, 7, seed=1)),
+    two(torch.atan2, torch.tensor([[1.0, -1, 1, -1, 0.0, -0.0, 0.0, -0.0, 2]]).repeat(2, 1), torch.tensor([[-0.0, -0.0, 0, 0, -0.0, -0.0, 0, 0, -3]]).repeat(2, 1), "atan2_zeros"),
     two(torch.hypot, x(3, 7) * 1e25, x(3, 7, seed=1) * 1e25),
     two(torch.ldexp, x(3, 7), ids(3, 7) - 2),
     two(torch.logaddexp2, x(3, 7), x(3, 7, seed=1)),

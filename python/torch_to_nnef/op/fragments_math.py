@@ -22,12 +22,13 @@ MATH: dict[str, Fragment] = {
             "y = select(any_reduce(absent, axes = axes), first, argmin_reduce(x, axes = axes));",
         ],
     ),
+    # The reciprocal tells -0.0 from 0.0.
     "t2n_atan2": (
         "(y: tensor<scalar>, x: tensor<scalar>) -> (angle: tensor<scalar>)",
         [
-            "half = atan(y / x);",
-            "turned = select(y < 0.0, half - 3.1415927, half + 3.1415927);",
-            "angle = select(x < 0.0, turned, select(eq(y, 0.0), y, half));",
+            "size = select(eq(y, 0.0), abs(y), atan(abs(y) / abs(x)));",
+            "upper = select(or(x < 0.0, recip(x) < 0.0), neg(size) + 3.1415927, size);",
+            "angle = select(or(y < 0.0, recip(y) < 0.0), neg(upper), upper);",
         ],
     ),
     # The reciprocal tells -0.0 from 0.0.
