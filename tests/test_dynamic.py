@@ -229,6 +229,16 @@ def test_code_that_reads_a_size_is_named_and_asserted(function, assertion, tmp_p
     assert "test_dynamic.py" in caplog.text
 
 
+def test_a_size_that_must_divide_is_to_be_said_by_its_name(tmp_path):
+    def halves(x):
+        return x.reshape(x.shape[0], x.shape[1] // 2, 2).sum(-1)
+
+    with pytest.raises(T2NErrorDynamicShapeValue, match="only where a size divides; say so by its name"):
+        export(tmp_path, halves, x(2, 8), axes=[S])
+    path = export(tmp_path, halves, x(2, 8), axes=[{1: "2*S"}])
+    run(path, halves, x(2, 2))
+
+
 def test_a_branch_that_cannot_be_asserted_is_refused(tmp_path):
     with pytest.raises(T2NErrorDynamicShapeValue, match=r"Ne\(S, 7\), which an archive cannot state"):
         export(tmp_path, lambda x: x if x.shape[1] == 7 else x * 2, x(2, 8), axes=[S])

@@ -91,6 +91,15 @@ def lowest(expr: sympy.Expr) -> float:
     return -math.inf
 
 
+def same_everywhere(a: Dim, b: Dim) -> bool:
+    """Whether two dimensions are equal at sizes that share no divisor, so not by chance."""
+    if a == b:
+        return True
+    symbols = sorted((sympy.sympify(a) - b).free_symbols, key=str)
+    tried = ({s: prime + 2 * i for i, s in enumerate(symbols)} for prime in (1009, 10007))
+    return all(sympy.sympify(a).subs(sizes) == sympy.sympify(b).subs(sizes) for sizes in tried)
+
+
 # -- as text
 
 

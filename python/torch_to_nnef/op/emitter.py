@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
+from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.ir import Dim, Node, Shape, Value
+from torch_to_nnef.graph.tdim import same_everywhere
 from torch_to_nnef.op.dtypes import check_storable, tract_dtype
 from torch_to_nnef.op.sizes import size
 from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
@@ -205,6 +206,12 @@ class Emitter:
         """View as `shape`; every dimension is written out, symbols included."""
         if not shape:  # an empty list is no shape to tract
             return self.squeeze(ref, range(ref.rank))
+        before, after = math.prod(ref.shape), math.prod(shape)
+        if not same_everywhere(before, after):  # torch has seen to it that the size divides, tract cannot
+            raise T2NErrorDynamicShapeValue(
+                f"{self.node.target} at {self.node.where()}: {before} elements are {after} only where a size divides; "
+                "say so by its name: dynamic_axes={'x': {0: '2*S'}} instead of 'S'"
+            )
         return ref if ref.shape == tuple(shape) else self.op("reshape", ref, out=tuple(shape), shape=list(shape))
 
     def broadcast_to(self, ref: Ref, shape: Shape) -> Ref:
