@@ -194,10 +194,9 @@ def relower(
     if overlap and not naming.may_overlap:
         raise T2NErrorInvalidArgument(f"names of inputs and outputs overlap: {overlap}")
     lowered = lower(graph, name, outputs, naming.scheme)
-    asserted = tuple(f"tract_assert {limit.assertion()}" for limit in captured.limits)
-    document = replace(
-        lowered.document, extensions=tuple(dict.fromkeys((*extensions, *asserted))), properties=_properties(target)
-    )
+    limits = (f"tract_assert {limit.assertion()}" for limit in captured.limits)
+    lines = tuple(dict.fromkeys((*extensions, *limits)))
+    document = replace(lowered.document, extensions=lines, properties=_properties(target))
     lint(document)
     return Plan(captured, graph, lowered, document)
 

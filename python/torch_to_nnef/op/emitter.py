@@ -166,13 +166,6 @@ class Emitter:
             x = maker.args[0]
         return x
 
-    def product(self, operands: list[Ref], expr: str) -> Ref:
-        """The einsum that gives the node's output, summed in f32."""
-        if self.out.dtype is torch.float64:
-            raise self.refuse("tract multiplies matrices in f32 and f16 only; use model.float()")
-        total = self.op("tract_core_einsum", operands, out=self.out.shape, dtype=torch.float32, expr=expr, acc="f32")
-        return self.cast(total, self.out.dtype)
-
     def refuse(self, reason: str) -> T2NErrorNotImplemented:
         """The error for a call tract cannot do: `raise e.refuse("...")`."""
         return T2NErrorNotImplemented(f"{self.node.target} at {self.node.where()}: {reason}")

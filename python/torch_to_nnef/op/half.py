@@ -27,7 +27,7 @@ def needs_single(node: Node) -> bool:
     """Whether tract would round within the call."""
     namespace, _, name = node.target._schema.name.partition("::")
     halves = any(value.dtype is torch.float16 for value in node.outputs)
-    return namespace == "aten" and name in _IN_SINGLE.split() and halves
+    return halves and namespace == "aten" and name in _IN_SINGLE.split()
 
 
 def in_single(e: Emitter, node: Node, lower: Lowering, arguments: Mapping[str, Any]) -> Result:
