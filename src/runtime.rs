@@ -21,6 +21,7 @@ use tract_nnef::internal::{
     DatumType, DimLike, Framework, Identifier, IntoRunnable, IntoTValue, Nnef, OutletId, SymbolValues, TDim, TValue,
     TVec, Tensor, TractErrorContext, TractResult, TypedFact, TypedModel, TypedSimplePlan, ensure,
 };
+use tract_transformers::WithTractTransformers;
 
 use crate::error::{Error, Result};
 use crate::preflight;
@@ -247,7 +248,7 @@ fn invalid<T>(why: String) -> Result<T> {
 /// Parsing its standard library takes milliseconds, so that there is one for all loads.
 fn framework() -> &'static Nnef {
     static FRAMEWORK: OnceLock<Nnef> = OnceLock::new();
-    FRAMEWORK.get_or_init(tract_nnef::nnef)
+    FRAMEWORK.get_or_init(|| tract_nnef::nnef().with_tract_transformers())
 }
 
 fn type_name(datum_type: DatumType) -> Option<&'static str> {
