@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,21 +93,34 @@ def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
     The object is of a class derived from the model's, so that modules and weights keep their names.
     """
     kind = type(model)
-    takes = inspect.signature(kind.forward).parameters
-    cache_argument = "past_key_values" if "past_key_values" in takes else "cache"
+    parameters = inspect.signature(kind.forward).parameters
+    argument = cache_argument(parameters)
+    # A forward that always gives all logits: what was not asked for is left out after it.
+    slices = "logits_to_keep" in parameters
 
     def forward(self: Any, input_ids: torch.Tensor, *rest: torch.Tensor) -> list[torch.Tensor]:
         from transformers.cache_utils import DynamicCache
 
         positions, caches = (signature.logits, rest) if signature.logits is not None else (rest[0], rest[1:])
         cache = DynamicCache(list(zip(caches[::2], caches[1::2], strict=True)))
-        options = {cache_argument: cache, "use_cache": True, "return_dict": True, "logits_to_keep": positions}
+        options = {argument: cache, "use_cache": True, "return_dict": True}
+        if slices:
+            options["logits_to_keep"] = positions
         logits = kind.forward(self, input_ids=input_ids, **options).logits
-        return [logits, *_sides(cache.layers)]
+        return [logits if slices else _kept(logits, positions), *_sides(cache.layers)]
 
     step = copy.copy(model)
     step.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
     return step
+
+
+def cache_argument(parameters: Container[str]) -> str | None:
+    """What the cache is called among the parameters of a forward; None if there is none. transformers renamed it in 5.2x."""
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+def _kept(logits: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
+    return logits[:, slice(-positions, None) if isinstance(positions, int) else positions]
 
 
 def _sides(layers: Sequence[Any]) -> list[torch.Tensor]:
