@@ -109,7 +109,7 @@ def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
         logits = kind.forward(self, input_ids=input_ids, **options).logits
         return [logits if slices else _kept(logits, positions), *_sides(cache.layers)]
 
-    step = copy.copy(model)
+    step: nn.Module = copy.copy(model)
     step.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
     return step
 
