@@ -90,9 +90,9 @@ class Signature:
 def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
     """`model` with a forward of plain tensors, `signature` says which; it shares all modules and parameters with `model`.
 
-    The object is of a class derived from the model's, so that modules and weights keep their names.
+    The object is of a class derived from the model's, so that modules and weights keep their names. `model` may be a step already.
     """
-    kind = type(model)
+    kind = getattr(type(model), "_stepped", type(model))
     parameters = inspect.signature(kind.forward).parameters
     argument = cache_argument(parameters)
     # A forward that always gives all logits: what was not asked for is left out after it.
@@ -110,7 +110,7 @@ def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
         return [logits if slices else _kept(logits, positions), *_sides(cache.layers)]
 
     step: nn.Module = copy.copy(model)
-    step.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    step.__class__ = type(kind.__name__, (kind,), {"forward": forward, "_stepped": kind, "__module__": kind.__module__})
     return step
 
 

@@ -54,6 +54,7 @@ class Comparison:
     kind: "quantization" is float torch against quantized torch, "archive" is quantized torch against tract.
     sizes: symbol -> size. traced: these are the sizes the model was captured at.
     refused: torch's own explanation when the torch model cannot run at these sizes; `outputs` is then empty.
+    name: what this run is, where the sizes alone do not say it.
     """
 
     kind: Literal["quantization", "archive"]
@@ -62,6 +63,7 @@ class Comparison:
     outputs: tuple[OutputComparison, ...]
     tolerance: TractCheckTolerance
     refused: str | None = None
+    name: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -70,11 +72,13 @@ class Comparison:
 
     @property
     def sizes_text(self) -> str:
-        """The sizes as text: `B=2, S=5`, with the traced ones marked."""
+        """The sizes as text: `B=2, S=5`, with the traced ones marked, behind the name if there is one."""
         text = ", ".join(f"{symbol}={size}" for symbol, size in self.sizes.items())
         if not text:
-            return "as traced"
-        return f"{text} (traced)" if self.traced else text
+            text = "as traced"
+        elif self.traced:
+            text += " (traced)"
+        return text if self.name is None else f"{self.name}: {text}"
 
 
 def as_array(values: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
