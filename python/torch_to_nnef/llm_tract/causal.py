@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from torch_to_nnef.exceptions import T2NErrorNotImplemented
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,17 +95,16 @@ def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
     The object is of a class derived from the model's, so that modules and weights keep their names. `model` may be a step already.
     """
     kind = getattr(type(model), "_stepped", type(model))
-    parameters = inspect.signature(kind.forward).parameters
-    argument = cache_argument(parameters)
+    argument = cache_argument(kind)
     # A forward that always gives all logits: what was not asked for is left out after it.
-    slices = "logits_to_keep" in parameters
+    slices = "logits_to_keep" in inspect.signature(kind.forward).parameters
 
     def forward(self: Any, input_ids: torch.Tensor, *rest: torch.Tensor) -> list[torch.Tensor]:
         from transformers.cache_utils import DynamicCache
 
         positions, caches = (signature.logits, rest) if signature.logits is not None else (rest[0], rest[1:])
         cache = DynamicCache(list(zip(caches[::2], caches[1::2], strict=True)))
-        options = {argument: cache, "use_cache": True, "return_dict": True}
+        options: dict[str, Any] = {argument: cache, "use_cache": True, "return_dict": True}
         if slices:
             options["logits_to_keep"] = positions
         logits = kind.forward(self, input_ids=input_ids, **options).logits
@@ -114,9 +115,16 @@ def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
     return step
 
 
-def cache_argument(parameters: Container[str]) -> str | None:
-    """What the cache is called among the parameters of a forward; None if there is none. transformers renamed it in 5.2x."""
-    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+def cache_argument(kind: type[PreTrainedModel]) -> str:
+    """What `kind.forward` calls its cache; transformers renamed it in 5.2x."""
+    parameters = inspect.signature(kind.forward).parameters
+    name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    if name is None:
+        raise T2NErrorNotImplemented(
+            f"{kind.__name__}.forward takes no cache of keys and values; give export_model_to_nnef a module whose forward takes and "
+            "returns its state as tensors"
+        )
+    return name
 
 
 def _kept(logits: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:

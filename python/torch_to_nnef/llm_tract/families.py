@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +12,9 @@ from torch_to_nnef.llm_tract.causal import Signature, cache_argument
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-# Rotary tables that scale to `factor` times the context they were trained at; "linear" and "default" say their whole context.
+# Rotary tables that reach `factor` times the context of their training; of other kinds max_position_embeddings is the whole.
 _STRETCHED = ("yarn", "longrope")
-# Recomputed from the length of the text, while keys in the cache stay as an earlier length made them.
-_DYNAMIC = "dynamic"
+_OWN_FORWARD = "give export_model_to_nnef a module whose forward takes and returns that state as tensors"
 
 
 def step_signature(config: PreTrainedConfig, logits: int | None = 1, *, trust_remote_code: bool = False) -> Signature:
@@ -36,101 +34,89 @@ def step_signature(config: PreTrainedConfig, logits: int | None = 1, *, trust_re
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:
-    """`attn_implementation` for `from_pretrained`: "eager" where the others leave out what the model says; None: as the model prefers."""
+    """`attn_implementation` for `from_pretrained`: "eager" where others leave out part of the formula; None: what the model prefers."""
     return "eager" if getattr(_text(config), "attn_logit_softcapping", None) else None
 
 
 def context_of(config: PreTrainedConfig) -> int | None:
     """Most tokens that a model takes: its table of positions, or what its rotary tables are scaled to; None if nothing bounds it."""
     config = _text(config)
-    named = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    # Config classes keep the value for a model without positions, which 0 or -1 stands for.
-    said = [size for size in named if isinstance(size, int) and size > 0]
+    said = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    # 0 or -1 stands for no bound.
+    sizes = [size for size in said if isinstance(size, int) and size > 0]
     stretched = [
         int(rope["factor"] * rope["original_max_position_embeddings"])
         for rope in _ropes(config)
         if rope.get("rope_type") in _STRETCHED and {"factor", "original_max_position_embeddings"} <= rope.keys()
     ]
-    return max(said + stretched) if said else None
+    return max(sizes + stretched) if sizes else None
 
 
 def _refuse_by_config(config: PreTrainedConfig) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
     if getattr(config, "is_encoder_decoder", False):
-        raise _refusal(config, "an encoder-decoder", "export a decoder-only model")
-    if getattr(config, "is_decoder", True) is False:
-        raise _refusal(
-            config, "an encoder, whose tokens see later ones,", "export a decoder (is_decoder in config.json)"
-        )
-    if any(_DYNAMIC in (rope.get("rope_type") or "") for rope in _ropes(config)):
-        raise _refusal(
-            config,
-            "a rotary embedding that changes with the length of the text (dynamic NTK)",
-            'set rope_type to "default" in config.json for its trained context, or to "yarn" or "linear"',
-        )
+        raise _refusal(config, "an encoder-decoder needs more than one archive", "export a decoder-only model")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise _refusal(config, "in an encoder tokens see later ones", "export a decoder (is_decoder in its config)")
+    if any("dynamic" in (rope.get("rope_type") or "") for rope in _ropes(config)):
+        what = "a dynamic rotary embedding changes with the length of the text, and the keys in the cache do not"
+        raise _refusal(config, what, 'set its rope_type to "default" for the trained context, or to "yarn"')
 
 
 def _refuse_by_cache(config: PreTrainedConfig) -> None:
-    """Refuse a model whose own cache has other layers than keys and values: state-space, linear attention, shared or compressed."""
+    """Refuse a model whose own cache has layers of states (state-space, linear attention), of none, or of compressed keys."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    # Without a window, for its length counts in Python; the mask of the model applies the window.
+    # A layer with a window is one without to us: the mask of the model applies the window.
     known = (DynamicLayer, DynamicSlidingWindowLayer)
-    other = next(
-        (type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) not in known), None
-    )
+    kinds = [type(layer) for layer in DynamicCache(config=config).layers]
+    other = next((kind.__name__ for kind in kinds if kind not in known), None)
     if other:
-        raise _refusal(config, f"a state other than keys and values in each layer ({other})", "export another family")
+        raise _refusal(config, f"the state of a layer ({other}) is not its keys and values", _OWN_FORWARD)
 
 
 def _bare_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    options = {"attn_implementation": attention_of(config), "trust_remote_code": trust_remote_code}
+    make: Any = AutoModelForCausalLM.from_config
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
-    except ValueError as error:
-        raise _refusal(
-            config, f"what is no causal language model of transformers ({error})", "export another family"
-        ) from error
-    if _text(model.config) is not model.config:
-        raise _refusal(config, "a model that takes images or sound beside text", "save its language model alone")
-    return model.eval()
+        model: PreTrainedModel = make(
+            config, attn_implementation=attention_of(config), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        what = f"transformers makes no causal language model of this config ({error})"
+        raise _refusal(config, what, "see whether AutoModelForCausalLM loads it") from error
+    model.train(False)
+    return model
 
 
 def _filled_cache(model: PreTrainedModel) -> Cache:
+    """The model's cache after two tokens."""
     from transformers import DynamicCache
 
-    accepted = inspect.signature(type(model).forward).parameters
-    argument = cache_argument(accepted)
-    if argument is None:
-        raise _refusal(
-            model.config, "a state other than keys and values", "export a model with attention in each layer"
-        )
     cache = DynamicCache()
-    ids = torch.zeros(1, 2, dtype=torch.int64)
+    options: dict[str, Any] = {cache_argument(type(model)): cache, "use_cache": True, "return_dict": True}
     try:
-        model(input_ids=ids, use_cache=True, return_dict=True, **{argument: cache})
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64), **options)
     except Exception as error:
-        what = f"a forward that fails on tokens and an empty cache ({error})"
-        raise _refusal(model.config, what, "export a model whose cache is keys and values in each layer") from error
+        what = f"its forward fails on tokens and a cache alone ({error})"
+        raise _refusal(model.config, what, _OWN_FORWARD) from error
     return cache
 
 
 def _layers(config: PreTrainedConfig, cache: Cache) -> tuple[tuple[int, int, int], ...]:
-    from transformers.cache_utils import DynamicLayer
-
+    """Of each layer: heads, features of a key, features of a value."""
     layers = []
     for i, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer or layer.keys is None:
-            kind = type(layer).__name__
-            raise _refusal(config, f"a state other than keys and values in layer {i} ({kind})", "export another family")
-        key, value = layer.keys.shape, layer.values.shape
-        if [len(key), len(value)] != [4, 4] or key[:3] != value[:3] or key[0] != 1 or key[2] != 2:
-            raise _refusal(config, f"a cache of shape {[*key]} and {[*value]} for 2 tokens", "export another family")
+        sides = [getattr(layer, name, None) for name in ("keys", "values")]
+        key, value = ([*side.shape] if side is not None else [] for side in sides)
+        if len(key) != 4 or key[:3] != value[:3] or (key[0], key[2]) != (1, 2):
+            raise _refusal(config, f"the cache of layer {i} is {key} and {value} for 2 tokens", _OWN_FORWARD)
         layers.append((key[1], key[3], value[3]))
     if not layers:
-        raise _refusal(config, "a forward that leaves its cache empty", "export another family")
+        raise _refusal(config, "its forward leaves the cache empty", _OWN_FORWARD)
     return tuple(layers)
 
 
@@ -145,5 +131,5 @@ def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 
 def _refusal(config: PreTrainedConfig, what: str, instead: str) -> T2NErrorNotImplemented:
-    kind = getattr(config, "model_type", "") or type(config).__name__
-    return T2NErrorNotImplemented(f"{kind}: {what} cannot be exported as one step on keys and values; {instead}")
+    kind = config.model_type or type(config).__name__
+    return T2NErrorNotImplemented(f"{kind} cannot be exported: {what}; {instead}")
