@@ -93,7 +93,7 @@ def _described(name: object, tensor: object) -> tuple[str, str, list[int]]:
             f"`{name}` is a {type(tensor).__name__}, not a tensor; leave it out, or pass the dict inside it"
         )
     if isinstance(tensor, QTensorTractScaleOnly):
-        return name, "q40", list(tensor.shape)
+        return name, "q40", list(tensor.stored_shape)
     if isinstance(tensor, QTensor):
         if type(tensor).write_in_file is QTensor.write_in_file:
             raise T2NErrorNotImplemented(

@@ -100,6 +100,8 @@ def lint(document: Document) -> None:
                 continue
             rule = RULES.get(statement.operator)
             fault = f"{statement.operator} has no kernel for packed weights" if rule is None else rule(statement, ref)
+            if ref.transposed:
+                fault = f"{statement.operator} takes its transpose, but its groups run along the other axis"
             if fault:
                 faults.append(f"{packed[ref.id].label} in module {statement.module_path or '<root module>'}: {fault}")
             if statement.operator == "squeeze":  # still packed

@@ -18,7 +18,7 @@ from torch_to_nnef.op.dtypes import check_storable
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import table
 from torch_to_nnef.op.statement import Ref, Statement, Unavailable, Variable
-from torch_to_nnef.tensor.quant import QTensor
+from torch_to_nnef.tensor.quant import QTensor, QTensorTractTransposed
 from torch_to_nnef.torch_internals import OpOverload, pytree
 
 
@@ -138,8 +138,10 @@ class _Lowering:
         if id(tensor) not in self.variables:
             fqn = self.first_fqn[id(tensor)]
             stored = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
+            stored = stored.stored if isinstance(stored, QTensorTractTransposed) else stored
             self.variables[id(tensor)] = Variable(self.names.unique(fqn), fqn, stored)
-        return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), tensor.dtype, fqn)
+        transposed = isinstance(tensor, QTensorTractTransposed)
+        return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), tensor.dtype, fqn, transposed)
 
     def _outputs(self) -> dict[str, str]:
         """Give results their output names; what is an input, a weight, or given out already is copied."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -182,6 +183,13 @@ class Emitter:
         if missing <= 0:
             return ref
         return self.op("unsqueeze", ref, out=(1,) * missing + ref.shape, hint="lift", axes=list(range(missing)))
+
+    def transpose(self, ref: Ref, order: Sequence[int]) -> Ref:
+        """Axes in another order; the transpose of a packed matrix is the same identifier, seen the other way."""
+        shape = tuple(ref.shape[axis] for axis in order)
+        if self.is_quantized(ref) and list(order) == [1, 0]:
+            return replace(ref, shape=shape, transposed=not ref.transposed)
+        return self.op("transpose", ref, out=shape, axes=list(order))
 
     def unsqueeze(self, ref: Ref, axes: Sequence[int]) -> Ref:
         """Insert unit axes at positions of the result."""

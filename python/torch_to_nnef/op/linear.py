@@ -41,6 +41,13 @@ def affine(e: Emitter, input: Ref, weight: Ref, bias: Ref | None) -> Ref:
     return result if bias is None else e.binary("add", result, bias, result.dtype)
 
 
+def _product(e: Emitter, a: Ref, b: Ref) -> Ref:
+    """`a @ b` of matrices, of batches of them, or of any `a` with a packed matrix: that is a linear with its transpose."""
+    if e.is_quantized(b) and b.rank == 2:
+        return affine(e, a, e.transpose(b, [1, 0]), None)
+    return matrix_product(e, a, b, e.out.shape)
+
+
 @lowers(aten.bilinear.default)
 def bilinear(e: Emitter, input1: Ref, input2: Ref, weight: Ref, bias: Ref | None = None) -> Ref:
     """input1 (*, I) @ weight (N, I, J) @ input2 (*, J), plus bias (N)."""
@@ -53,7 +60,7 @@ def bilinear(e: Emitter, input1: Ref, input2: Ref, weight: Ref, bias: Ref | None
 @lowers(aten.mm.default, aten.bmm.default)
 def mm(e: Emitter, x: Ref, mat2: Ref) -> Ref:
     """Product of matrices, or of batches of them."""
-    return matrix_product(e, x, mat2, e.out.shape)
+    return _product(e, x, mat2)
 
 
 @lowers(aten.mv.default)
@@ -77,7 +84,9 @@ def vdot(e: Emitter, x: Ref, other: Ref) -> Ref:
 @lowers(aten.addmm.default)
 def addmm(e: Emitter, x: Ref, mat1: Ref, mat2: Ref, beta: Scalar = 1, alpha: Scalar = 1) -> Ref:
     """Beta * x + alpha * (mat1 @ mat2)."""
-    return _add(e, x, matrix_product(e, mat1, mat2, e.out.shape), beta, alpha)
+    if e.is_quantized(mat2) and beta == alpha == 1:
+        return affine(e, mat1, e.transpose(mat2, [1, 0]), x)
+    return _add(e, x, _product(e, mat1, mat2), beta, alpha)
 
 
 @lowers(aten.baddbmm.default)
@@ -124,6 +133,8 @@ def _add(e: Emitter, x: Ref, product: Ref, beta: Scalar, alpha: Scalar) -> Ref:
 @lowers(aten.matmul.default)
 def matmul(e: Emitter, x: Ref, other: Ref) -> Ref:
     """Product of matrices with torch's rules for vectors and batches."""
+    if e.is_quantized(other):
+        return _product(e, x, other)
     rank = max(x.rank, other.rank, 2)
     left = e.unsqueeze(x, [0]) if x.rank == 1 else x
     right = e.unsqueeze(other, [1]) if other.rank == 1 else other

@@ -48,7 +48,7 @@ def unflatten(e: Emitter, x: Ref, dim: int) -> Ref:
 @lowers(aten.permute.default, aten.permute_copy.default)
 def permute(e: Emitter, x: Ref, dims: Sequence[int]) -> Ref:
     """Axes in another order."""
-    return e.op("transpose", x, out=e.out.shape, axes=[d % x.rank for d in dims])
+    return e.transpose(x, [d % x.rank for d in dims])
 
 
 @lowers(aten.transpose.int)
@@ -59,13 +59,13 @@ def transpose(e: Emitter, x: Ref, dim0: int, dim1: int) -> Ref:
     if a == b:
         return x
     order[a], order[b] = order[b], order[a]
-    return e.op("transpose", x, out=e.out.shape, axes=order)
+    return e.transpose(x, order)
 
 
 @lowers(aten.t.default)
 def t(e: Emitter, x: Ref) -> Ref:
     """A matrix transposed."""
-    return x if x.rank < 2 else e.op("transpose", x, out=e.out.shape, axes=[1, 0])
+    return x if x.rank < 2 else e.transpose(x, [1, 0])
 
 
 @lowers(aten.unsqueeze.default)

@@ -16,12 +16,16 @@ Fragment: TypeAlias = tuple[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """An identifier of graph.nnef with what is known of its tensor; `fqn` if it is a weight."""
+    """An identifier of graph.nnef with what is known of its tensor; `fqn` if it is a weight.
+
+    `transposed` says that the identifier holds the transpose: packed weights stay as they are stored.
+    """
 
     id: str
     shape: Shape
     dtype: torch.dtype
     fqn: str | None = None
+    transposed: bool = False
 
     @property
     def rank(self) -> int:

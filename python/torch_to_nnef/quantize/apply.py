@@ -11,8 +11,9 @@ from torch import nn
 from torch_to_nnef.quantize.rows import TensorRow, record, weight_error
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
 from torch_to_nnef.tensor.quant.base import QTensor
+from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
 
-Encode = Callable[[torch.Tensor, str], QTensor]
+Encode = Callable[[torch.Tensor, str], QTensorTractScaleOnly]
 Progress = Callable[[int, int, str], None]
 _STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
@@ -34,7 +35,8 @@ def quantize_(
 
     Args:
         model: Changed in place, and returned.
-        encode: Gets a float weight and its name, returns its quantized form in the same shape.
+        encode: Gets a float weight [N, K] whose rows are to be divided into groups (a view of a weight that the model
+            holds as [K, N]) and its name, returns its quantized form in the same shape.
         classes: Module classes (with subclasses) whose `weight` is asked for; None for Linear, Embedding, Conv1d,
             Conv2d.
         selection: Narrows further, and brings what the captured graph knows about uses.
@@ -55,7 +57,8 @@ def quantize_(
         if target.reason is None:
             if progress:
                 progress(len(encoded), total, fqn)
-            packed = encode(target.tensor.detach(), fqn)
+            weight = target.tensor.detach()
+            packed = encode(weight.mT, fqn).transposed() if target.transposed else encode(weight, fqn)
             held = isinstance(target.tensor, nn.Parameter)
             encoded[id(target.tensor)] = nn.Parameter(packed, requires_grad=False) if held else packed
         rows.append(row_of(target, packed, method))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torch_to_nnef.tensor.chunks import flat_chunks
+from torch_to_nnef.tensor.quant.qtract import QTensorTractTransposed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +81,8 @@ def weight_error(fp: torch.Tensor, q: QTensor) -> tuple[float, float]:
     With signal S = sum(fp^2) and noise N = sum((q - fp)^2), in f64: SNR = 10 log10(S / N) dB, relative RMSE = sqrt(N /
     S). N = 0 gives `(inf, 0)`; S = 0 with N > 0 gives `(-inf, inf)`.
     """
+    if isinstance(q, QTensorTractTransposed):  # in the order of its groups
+        fp, q = fp.mT, q.stored
     signal = noise = 0.0
     for start, values in flat_chunks(fp, multiple=_GROUP if fp.numel() % _GROUP == 0 else 1):
         # f32 holds each difference; squares of tiny weights and their sums need f64.

@@ -23,9 +23,10 @@ from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
 
 class Use(str, Enum):
-    """How a graph consumes a parameter."""
+    """How a graph consumes a parameter. As LINEAR it is [N, K] and summed over K; as MATMUL, `x @ weight`, it is [K, N]."""
 
     LINEAR = "linear"
+    MATMUL = "matmul"
     CONV = "conv"
     DEPTHWISE_CONV = "depthwise conv"
     EMBEDDING = "embedding"
@@ -46,7 +47,7 @@ _CLASS_USE: tuple[tuple[type[nn.Module], Use], ...] = (
 )
 # Elements from which a parameter is worth a row in a report.
 _LARGE = 1024
-_LEGAL = frozenset({Use.LINEAR, Use.CONV, Use.EMBEDDING})
+_LEGAL = frozenset({Use.LINEAR, Use.MATMUL, Use.CONV, Use.EMBEDDING})
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,20 @@ class Selection:
 
 @dataclass(frozen=True)
 class Target:
-    """A weight that a method was asked for; `reason` says why it cannot be quantized, None if it can."""
+    """A weight that a method was asked for.
+
+    Attributes:
+        tensor: The weight.
+        places: Where the model holds it.
+        reason: Why it cannot be quantized; None if it can.
+        transposed: Whether its transpose is to be quantized, since groups run along the axis that is summed.
+
+    """
 
     tensor: torch.Tensor
     places: tuple[Place, ...]
     reason: str | None
+    transposed: bool = False
 
 
 def q40_reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
@@ -89,7 +99,12 @@ def q40_reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
         return "the graph does not use it"
     if illegal := sorted(use.value for use in (uses or frozenset()) - _LEGAL):
         return f"used by {', '.join(illegal)}: tract computes with Q40 only in linear, conv and embedding"
-    return q40_shape_reason(tensor.shape) or _use_shape_reason(tensor.shape, uses or frozenset())
+    uses, shape = uses or frozenset(), tuple(tensor.shape)
+    if Use.MATMUL in uses:
+        if len(uses) > 1:
+            return f"used by {', '.join(sorted(uses))}: Q40 groups run along one axis, which these sum over different ones"
+        shape = (*shape[:-2], *reversed(shape[-2:]))
+    return q40_shape_reason(shape) or _use_shape_reason(shape, uses)
 
 
 def find_targets(
@@ -108,7 +123,8 @@ def find_targets(
     selection = selection or Selection()
     wanted = DEFAULT_CLASSES if classes is None else tuple(classes)
     everything = set(DEFAULT_CLASSES) <= set(wanted)
-    wanted_uses = frozenset(use for known, use in _CLASS_USE if issubclass(known, wanted))
+    wanted_uses = {use for known, use in _CLASS_USE if issubclass(known, wanted)}
+    wanted_uses |= {Use.MATMUL} if Use.LINEAR in wanted_uses else set()
     updater, targets = ModTensorUpdater(model), []
     for _, tensor in updater.tensors():
         places = updater.places(tensor)
@@ -119,7 +135,8 @@ def find_targets(
         if not asked or not (selection.include is None or _matches(selection.include, places)):
             continue
         excluded = selection.exclude is not None and _matches(selection.exclude, places)
-        targets.append(Target(tensor, places, "excluded by the caller" if excluded else _reason(tensor, uses)))
+        reason = "excluded by the caller" if excluded else _reason(tensor, uses)
+        targets.append(Target(tensor, places, reason, transposed=Use.MATMUL in (uses or ())))
     if selection.include is not None and not targets:
         names = ", ".join(c.__name__ for c in wanted)
         raise T2NErrorInvalidArgument(f"include={selection.include!r} selects none of the weights of {names} modules")
@@ -153,7 +170,7 @@ def _class_uses(place: Place) -> set[Use]:
 
 
 def _use_shape_reason(shape: Sequence[int], uses: frozenset[Use]) -> str | None:
-    if uses & {Use.LINEAR, Use.EMBEDDING} and len(shape) != 2:
+    if uses & {Use.LINEAR, Use.MATMUL, Use.EMBEDDING} and len(shape) != 2:
         return f"rank {len(shape)}: as a linear or embedding weight Q40 must be a matrix"
     if Use.CONV in uses and len(shape) > 4:
         return f"rank {len(shape)}: tract's Q40 convolutions have one or two spatial dimensions"

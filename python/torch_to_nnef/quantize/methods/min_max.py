@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch_to_nnef.quantize.targets import Selection
-    from torch_to_nnef.tensor.quant.base import QTensor
+    from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
 
 
 def quantize_min_max(
@@ -34,7 +34,7 @@ def quantize_min_max(
     if not 0 < percentile <= 1:
         raise T2NErrorInvalidArgument(f"percentile must be in (0, 1]: got {percentile}")
 
-    def encode(weight: torch.Tensor, name: str) -> QTensor:
+    def encode(weight: torch.Tensor, name: str) -> QTensorTractScaleOnly:
         return quantize_q40(weight, "min_max", percentile, name)
 
     return quantize_(model, encode, classes=classes, selection=selection, method=method, progress=progress)

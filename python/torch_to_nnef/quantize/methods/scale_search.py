@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from torch_to_nnef.quantize.targets import Selection
-    from torch_to_nnef.tensor.quant.base import QTensor
+    from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
 
 
 def quantize_scale_search(
@@ -26,7 +26,7 @@ def quantize_scale_search(
 ) -> nn.Module:
     """Quantize the weights of `classes` (None: Linear, Embedding, Conv1d, Conv2d) to Q40 in place, by scale search."""
 
-    def encode(weight: torch.Tensor, name: str) -> QTensor:
+    def encode(weight: torch.Tensor, name: str) -> QTensorTractScaleOnly:
         return quantize_q40(weight, "scale_search", name=name)
 
     return quantize_(model, encode, classes=classes, selection=selection, method=method, progress=progress)

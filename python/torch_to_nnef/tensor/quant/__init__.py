@@ -7,6 +7,7 @@ from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, Ni
 from torch_to_nnef.tensor.quant.qtract import (
     QTensorTract,
     QTensorTractScaleOnly,
+    QTensorTractTransposed,
     fp_to_tract_q4_0_with_min_max_calibration,
     q40_shape_reason,
     qscale_per_group_f16_min_max_calibration,
@@ -24,6 +25,7 @@ __all__ = [
     "QTensor",
     "QTensorTract",
     "QTensorTractScaleOnly",
+    "QTensorTractTransposed",
     "U8Compressor",
     "fp_to_tract_q4_0_with_min_max_calibration",
     "load_safetensors",
@@ -36,5 +38,15 @@ __all__ = [
 # `torch.load(weights_only=True)`, torch's default, builds only classes on a list. These rebuild from bytes alone and
 # check sizes; without them no checkpoint of a quantized model could be read. The list is only added to.
 _torch.serialization.add_safe_globals(
-    [_build, QTensor, QTensorTractScaleOnly, QScalePerGroupF16, NibblePacking, BitPacking, Lzma, Huffman]
+    [
+        _build,
+        QTensor,
+        QTensorTractScaleOnly,
+        QTensorTractTransposed,
+        QScalePerGroupF16,
+        NibblePacking,
+        BitPacking,
+        Lzma,
+        Huffman,
+    ]
 )

@@ -34,6 +34,7 @@ __all__ = [
     "Encoder",
     "QTensorTract",
     "QTensorTractScaleOnly",
+    "QTensorTractTransposed",
     "fp_to_tract_q4_0_with_min_max_calibration",
     "q40_dequantize",
     "q40_shape_reason",
@@ -127,6 +128,22 @@ class QTensorTractScaleOnly(QTensorTract):
             )
         return codes
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the file, whose rows are divided into groups."""
+        return tuple(self.shape)
+
+    @property
+    def stored(self) -> QTensorTractScaleOnly:
+        """The tensor in the file; it shares the planes."""
+        return self
+
+    def transposed(self) -> QTensorTractTransposed:
+        """The same planes as a weight of which this is the transpose (last two axes)."""
+        return QTensorTractTransposed.from_packed(
+            self.u8_blob, _swapped(self.shape), self.qscheme, self.dtype, self.u8_compressors, self.nnef_name
+        )
+
     def check_layout(self) -> None:
         """Raise `T2NErrorInconsistentTensor` unless the planes have the sizes Q40 gives this shape."""
         super().check_layout()
@@ -136,7 +153,7 @@ class QTensorTractScaleOnly(QTensorTract):
             )
         n_packed = self.numel() // 2 if self.u8_compressors == _PACKING else self.u8_blob.numel()
         if (
-            q40_shape_reason(self.shape)
+            q40_shape_reason(self.stored_shape)
             or self.qscheme.scale.numel() * GROUP != self.numel()
             or self.u8_blob.numel() != n_packed
         ):
@@ -147,13 +164,14 @@ class QTensorTractScaleOnly(QTensorTract):
 
     def planes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(codes, scales)`: uint8 `(numel / 2,)` and f16 `(numel / 32,)`; copied only if held otherwise."""
-        codes = self.u8_blob if self.u8_compressors == _PACKING else _PACKING[0].compress(self.decompress_to_u8())
+        packed = self.u8_compressors == _PACKING
+        codes = self.u8_blob if packed else _PACKING[0].compress(self.stored.decompress_to_u8())
         return codes.contiguous(), self.qscheme.scale.reshape(-1)
 
     def decompress(self) -> torch.Tensor:
         """Float values: plain tensor in `dequant_to_dtype` and the logical shape."""
         codes, scales = self.planes()
-        values: torch.Tensor = q40_dequantize(codes, scales, list(self.shape), self.dtype)
+        values: torch.Tensor = q40_dequantize(codes, scales, list(self.stored_shape), self.dtype)
         return values
 
     def decompress_slice(self, start: int, stop: int) -> torch.Tensor:
@@ -170,7 +188,53 @@ class QTensorTractScaleOnly(QTensorTract):
     def write_dat(self, path: Path) -> None:
         """Write the planes as GGUF blocks (NNEF item type 0x3040)."""
         codes, scales = (plane.cpu() for plane in self.planes())
-        _native.write_dat_q40(path, list(self.shape), _bytes(codes), _bytes(scales))
+        _native.write_dat_q40(path, list(self.stored_shape), _bytes(codes), _bytes(scales))
+
+
+class QTensorTractTransposed(QTensorTractScaleOnly):
+    """Q40 of a weight [..., K, N] that is summed over K, as in `x @ weight`: groups run along K.
+
+    Shape and values are those of the weight; planes and file are those of its transpose [..., N, K], which is `stored`.
+
+    Raises:
+        T2NErrorImpossibleQuantization: what `QTensorTractScaleOnly` raises for the transpose.
+
+    """
+
+    @classmethod
+    def encode(cls, fp_tensor: torch.Tensor, qscheme: QScheme, compressors: Sequence[U8Compressor]) -> torch.Tensor:
+        """Blob of the transpose of `fp_tensor` on the grid of `qscheme`."""
+        if fp_tensor.dim() < 2:
+            raise T2NErrorImpossibleQuantization(f"tensor of shape {tuple(fp_tensor.shape)}: it has no transpose")
+        return super().encode(fp_tensor.mT, qscheme, compressors)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the file, whose rows are divided into groups."""
+        return _swapped(self.shape)
+
+    @property
+    def stored(self) -> QTensorTractScaleOnly:
+        """The tensor in the file; it shares the planes."""
+        return QTensorTractScaleOnly.from_packed(
+            self.u8_blob, self.stored_shape, self.qscheme, self.dtype, self.u8_compressors, self.nnef_name
+        )
+
+    def decompress(self) -> torch.Tensor:
+        """Float values: plain tensor in `dequant_to_dtype` and the logical shape."""
+        return super().decompress().mT.contiguous()
+
+    def decompress_to_u8(self) -> torch.Tensor:
+        """Codes (uint8) in the logical shape."""
+        return self.stored.decompress_to_u8().mT.contiguous()
+
+    def decompress_slice(self, start: int, stop: int) -> torch.Tensor:
+        """`decompress().flatten()[start:stop]`; groups run across the rows, so all are read."""
+        return self.decompress().reshape(-1)[start:stop]
+
+
+def _swapped(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 # An operator of our own: `torch.compile` and `torch.export` see one node, and each device runs its fastest code.

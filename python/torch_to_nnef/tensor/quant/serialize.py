@@ -18,13 +18,15 @@ from safetensors.torch import save_file
 from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
-from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
+from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _KEY = "torch_to_nnef"
-_CLASSES: dict[str, type[QTensor]] = {c.__name__: c for c in (QTensor, QTensorTractScaleOnly)}
+_CLASSES: dict[str, type[QTensor]] = {
+    c.__name__: c for c in (QTensor, QTensorTractScaleOnly, QTensorTractTransposed)
+}
 _SCHEMES = {"QScalePerGroupF16": QScalePerGroupF16}
 _COMPRESSORS = {c.__name__: c for c in (NibblePacking, BitPacking, Lzma, Huffman)}
 
@@ -82,7 +84,7 @@ def load_safetensors(path: str | Path, device: str = "cpu") -> dict[str, torch.T
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     # `state_dict()` detaches: shared weights arrive as distinct objects over the same bytes.
     if isinstance(tensor, QTensor):
-        return "packed", tensor.u8_blob.data_ptr(), tensor.dtype, tuple(tensor.shape)
+        return type(tensor), tensor.u8_blob.data_ptr(), tensor.dtype, tuple(tensor.shape)
     if tensor.numel() == 0:
         return ("empty", id(tensor))
     return "plain", tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
