@@ -55,7 +55,9 @@ def windows(
     cuts = [(*begin, *ids[at : min(at + step, most)]) for at in range(0, min(len(ids), most), step)]
     chosen = tuple(window for window in cuts if len(window) > 1)
     if not chosen:
-        raise T2NErrorInvalidArgument(f"{file or 'the text'}: at least two tokens are needed to see how well they are predicted")
+        raise T2NErrorInvalidArgument(
+            f"{file or 'the text'}: at least two tokens are needed to see how well they are predicted"
+        )
     return Windows("a built-in paragraph" if file is None else file.name, chosen, more or len(ids) > most)
 
 

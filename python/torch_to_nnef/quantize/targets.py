@@ -102,7 +102,9 @@ def q40_reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
     uses, shape = uses or frozenset(), tuple(tensor.shape)
     if Use.MATMUL in uses:
         if len(uses) > 1:
-            return f"used by {', '.join(sorted(uses))}: Q40 groups run along one axis, which these sum over different ones"
+            return (
+                f"used by {', '.join(sorted(uses))}: Q40 groups run along one axis, which these sum over different ones"
+            )
         shape = (*shape[:-2], *reversed(shape[-2:]))
     return q40_shape_reason(shape) or _use_shape_reason(shape, uses)
 

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _KEY = "torch_to_nnef"
-_CLASSES: dict[str, type[QTensor]] = {
-    c.__name__: c for c in (QTensor, QTensorTractScaleOnly, QTensorTractTransposed)
-}
+_CLASSES: dict[str, type[QTensor]] = {c.__name__: c for c in (QTensor, QTensorTractScaleOnly, QTensorTractTransposed)}
 _SCHEMES = {"QScalePerGroupF16": QScalePerGroupF16}
 _COMPRESSORS = {c.__name__: c for c in (NibblePacking, BitPacking, Lzma, Huffman)}
 
