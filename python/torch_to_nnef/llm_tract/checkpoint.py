@@ -64,6 +64,7 @@ class Checkpoint:
             place = _place(*_base_of(adapter))
         elif options.merge_peft:
             adapter = _adapter_folder(_place(options.merge_peft, is_slug=not Path(options.merge_peft).is_dir()))
+            name = f"{name} + {adapter.name}"
         elif place.is_adapter:
             raise T2NErrorInvalidArgument(f"{name} is a PEFT adapter: pass -mp to merge it into its base model")
         config, trusted = _config(place, options.trust_remote_code), options.trust_remote_code
@@ -179,10 +180,9 @@ class Checkpoint:
     def _load_in_memory(self, **how: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
-        source = _source(self.gguf, self.trust_remote_code)
-        pickled = self.files[0].suffix == ".bin"
+        source = _source(self.gguf, self.trust_remote_code) | {"config": self.config, "weights_only": True}
         if self.gguf is None:
-            source |= {"use_safetensors": not pickled, "weights_only": True, "config": self.config}
+            source["use_safetensors"] = self.files[0].suffix == ".safetensors"
         with _told(f"load {self.name}"):
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.folder, output_loading_info=True, local_files_only=True, **source, **how
