@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.llm_tract.rotary import without_writes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,6 +113,7 @@ def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
 
     step: nn.Module = copy.copy(model)
     step.__class__ = type(kind.__name__, (kind,), {"forward": forward, "_stepped": kind, "__module__": kind.__module__})
+    without_writes(step)
     return step
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import sympy
 import torch
 
 from torch_to_nnef.graph.ir import Dim
@@ -41,18 +42,26 @@ def bounds(e: Emitter, size: Dim, start: Dim | None, end: Dim | None, step: int,
     begins = [start + size, 0] if isinstance(start, int) and start < 0 else [start or 0]
     stops = [size] if end is None or end == _OPEN else [end + size] if isinstance(end, int) and end < 0 else [end, size]
     for begin, stop in itertools.product(begins, stops):
-        if all(_at(scale, length) == -((_at(scale, begin) - _at(scale, stop)) // step) for scale in (1009, 10007)):
+        if all(_cut(begin, stop, step, sizes) == _at(length, sizes) for sizes in _sizes(size, begin, stop, length)):
             return begin, stop
     raise e.refuse(f"[{start}:{end}:{step}] of {size} elements, cut to {length}; give bounds within the axis")
 
 
-def _at(scale: int, dim: Dim) -> int:
-    """`dim` where its symbols are large, prime-like numbers."""
+def _sizes(*dims: Dim) -> list[dict[sympy.Basic, int]]:
+    """Two choices of large, prime-like numbers for all symbols in `dims`."""
+    symbols = sorted(set().union(*(dim.free_symbols for dim in dims if not isinstance(dim, int))), key=str)
+    return [{symbol: scale + 2 * i for i, symbol in enumerate(symbols)} for scale in (1009, 10007)]
+
+
+def _at(dim: Dim, sizes: Mapping[sympy.Basic, int]) -> int:
     if isinstance(dim, int):
         return dim
     dim_text(dim)  # refuses what tract has no form for, nor sympy a number
-    symbols = sorted(dim.free_symbols, key=str)
-    return int(dim.subs({symbol: scale + 2 * i for i, symbol in enumerate(symbols)}))
+    return int(dim.subs(sizes))
+
+
+def _cut(begin: Dim, stop: Dim, step: int, sizes: Mapping[sympy.Basic, int]) -> int:
+    return -((_at(begin, sizes) - _at(stop, sizes)) // step)
 
 
 def joined(e: Emitter, parts: Sequence[Ref], axis: int) -> Ref:
