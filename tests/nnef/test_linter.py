@@ -52,6 +52,8 @@ ILLEGAL = [
     ("tract_core_cast", (W,), {"to": "f16"}),
     ("add", (X, W), {}),
     ("concat", ([W, X],), {"axis": 0}),
+    ("tract_core_einsum", ([replace(W, transposed=True), X],), {"expr": "nk,ak->an", "acc": "f32"}),
+    ("matmul", (replace(W, transposed=True), X), {}),
     ("tract_core_scan", ("body", [("x", X, 0, 1)], [("w", W)], [("h", X, "y")], [("y", "full", 0, 1)]), {}),
 ]
 

@@ -14,6 +14,7 @@ from torch.fx import Node as FxNode
 from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorDynamicShapeValue, T2NErrorNotImplemented
 from torch_to_nnef.graph.axes import axis_expression
 from torch_to_nnef.graph.capture import Captured
+from torch_to_nnef.graph.experts import join_routers
 from torch_to_nnef.graph.explain import keeps_state
 from torch_to_nnef.graph.fold import fold, live, values
 from torch_to_nnef.graph.ir import Graph, Node, Value
@@ -77,7 +78,7 @@ class _Converter:
             raise T2NErrorConsistency(f"the capture uses tensors the model does not hold: {missing}")
         symbols, names = self.captured.inputs.symbols(), self.captured.inputs.names
         graph = Graph(tuple(self.inputs), names, weights, self.captured.tensors, tuple(nodes), outputs, symbols)
-        return fold(graph, self.captured.program.graph_signature.inputs_to_lifted_tensor_constants.values())
+        return join_routers(fold(graph, self.captured.program.graph_signature.inputs_to_lifted_tensor_constants.values()))
 
     def _call(self, node: FxNode) -> None:
         val = node.meta.get("val")

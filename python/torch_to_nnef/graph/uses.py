@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from torch_to_nnef.graph.experts import experts, routed_experts
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.opaque import weight_use
 from torch_to_nnef.graph.recurrent import recurrent
@@ -24,6 +25,11 @@ _USES: Mapping[tuple[OpOverload, int], Use] = {
     (recurrent, 2): Use.LINEAR,
     (recurrent, 3): Use.LINEAR,
     (recurrent, 6): Use.LINEAR,
+    (experts, 3): Use.EXPERTS,
+    (experts, 4): Use.EXPERTS,
+    (routed_experts, 1): Use.ROUTER,
+    (routed_experts, 2): Use.EXPERTS,
+    (routed_experts, 3): Use.EXPERTS,
     (aten.embedding.default, 0): Use.EMBEDDING,
     (aten.conv1d.default, 1): Use.CONV,
     (aten.conv1d.padding, 1): Use.CONV,

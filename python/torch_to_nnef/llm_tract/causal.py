@@ -14,6 +14,8 @@ from torch import nn
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.llm_tract.rotary import without_writes
 
+from torch_to_nnef.llm_tract.experts import capturable_experts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -108,7 +110,8 @@ def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
         options: dict[str, Any] = {argument: cache, "use_cache": True, "return_dict": True}
         if slices:
             options["logits_to_keep"] = positions
-        logits = kind.forward(self, input_ids=input_ids, **options).logits
+        with capturable_experts(self):
+            logits = kind.forward(self, input_ids=input_ids, **options).logits
         return [logits if slices else _kept(logits, positions), *_sides(cache.layers)]
 
     step: nn.Module = copy.copy(model)

@@ -79,9 +79,17 @@ def _squeeze(statement: Statement, weight: Ref) -> str | None:
     )
 
 
+def _experts(statement: Statement, weight: Ref) -> str | None:
+    """Three stacks of matrices, all with K last."""
+    if weight.id in {ref.id for ref in (statement.args[0], statement.args[1])}:
+        return "only the experts may be packed, not their router"
+    return None if _attr(statement, "expert_layout") == "linear" else "packed experts must have the layout `linear`"
+
+
 RULES: Mapping[str, Rule] = {
     "tract_core_einsum": _einsum,
     "t2n_linear": _einsum,
+    "tract_moe_ffn": _experts,
     "matmul": _matmul,
     "linear": _second,
     "conv": _conv,

@@ -18,7 +18,7 @@ from torch_to_nnef.op.dtypes import check_storable
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import table
 from torch_to_nnef.op.statement import Ref, Statement, Unavailable, Variable
-from torch_to_nnef.tensor.quant import QTensor, QTensorTractTransposed
+from torch_to_nnef.tensor.quant import QTensorTractTransposed
 from torch_to_nnef.torch_internals import OpOverload, pytree
 
 
@@ -77,7 +77,7 @@ class _Lowering:
         producers = {value.name: node for node in graph.nodes for value in node.outputs}
         results = frozenset(value.name for value in graph.outputs)
         self.emitter = Emitter(
-            self.names.fresh, producers, lambda fqn: isinstance(graph.tensors[fqn], QTensor), results
+            self.names.fresh, producers, graph.tensors.__getitem__, results
         )
 
     def run(self, name: str) -> Lowered:

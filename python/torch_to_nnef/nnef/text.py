@@ -18,6 +18,8 @@ from torch_to_nnef.op.statement import Ref, Statement, Variable
 
 # `external<...>` and `variable<...>` say f32, i64 and bool; tract_core_external says the rest.
 _GENERIC = {torch.float32: "scalar", torch.int64: "integer", torch.bool: "logical"}
+# Operators of another registry than tract's core.
+_TRANSFORMERS = frozenset({"tract_moe_ffn"})
 
 
 def graph_text(document: Document) -> str:
@@ -27,6 +29,7 @@ def graph_text(document: Document) -> str:
         "KHR_enable_fragment_definitions",
         "KHR_enable_operator_expressions",
         "tract_registry tract_core",
+        *(["tract_registry tract_transformers"] if _TRANSFORMERS & document.operators else []),
         *(f"tract_symbol {symbol}" for symbol in document.symbols),
         *document.extensions,
     ]

@@ -15,6 +15,7 @@ from torch_to_nnef.graph.tdim import same_everywhere
 from torch_to_nnef.op.dtypes import check_storable, tract_dtype
 from torch_to_nnef.op.sizes import size
 from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
+from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly
 from torch_to_nnef.torch_internals import pytree
 
 Scalar = int | float | bool
@@ -31,7 +32,7 @@ class Emitter:
         self,
         fresh: Callable[[Node | None, str], str],
         producers: dict[str, Node],
-        quantized: Callable[[str], bool],
+        weights: Callable[[str], torch.Tensor],
         results: frozenset[str] = frozenset(),
     ) -> None:
         self.statements: list[Statement] = []
@@ -40,7 +41,7 @@ class Emitter:
         self._makers: dict[str, Statement] = {}
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
         self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
-        self._fresh, self._producers, self._quantized, self._results = fresh, producers, quantized, results
+        self._fresh, self._producers, self._weights, self._results = fresh, producers, weights, results
 
     # -- statements
 
@@ -91,6 +92,15 @@ class Emitter:
             self.variables[name] = Variable(name, name, tensor)
         return self._constants[key]
 
+    def rows(self, weight: Ref, start: int, length: int, name: str) -> Ref:
+        """Some rows of a weight, or of each matrix in a stack of them, stored on their own as `name`: tract cuts no packed weight."""
+        tensor, stop = self._weights(weight.fqn or ""), start + length
+        part = tensor.rows(start, stop) if isinstance(tensor, QTensorTractScaleOnly) else tensor.detach()[..., start:stop, :]
+        label = f"{weight.fqn}.{name}"
+        ref = replace(weight, id=self._fresh(None, label), shape=tuple(part.shape))
+        self.variables[ref.id] = Variable(ref.id, label, part)
+        return ref
+
     def full(self, value: Scalar | Dim, dtype: torch.dtype | None = None) -> Ref:
         """A rank-0 tensor of `dtype` (the output's by default); NNEF literals cannot say infinities, and have no dtype."""
         if not isinstance(value, (int, float)):
@@ -119,7 +129,7 @@ class Emitter:
 
     def is_quantized(self, ref: Ref) -> bool:
         """Whether `ref` is a weight that stays packed in the archive."""
-        return ref.fqn is not None and self._quantized(ref.fqn)
+        return ref.fqn is not None and isinstance(self._weights(ref.fqn), QTensor)
 
     def beside(self, weight: Ref, x: Ref) -> Ref:
         """`x` as the other operand of `weight`.

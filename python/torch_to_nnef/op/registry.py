@@ -34,6 +34,7 @@ _FAMILIES = (
     "divide",
     "einsum",
     "elementwise",
+    "experts",
     "fold",
     "grid",
     "index",

@@ -23,10 +23,15 @@ from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
 
 class Use(str, Enum):
-    """How a graph consumes a parameter. As LINEAR it is [N, K] and summed over K; as MATMUL, `x @ weight`, it is [K, N]."""
+    """How a graph consumes a parameter. As LINEAR it is [N, K] and summed over K; as MATMUL, `x @ weight`, it is [K, N].
+
+    As EXPERTS it is a stack of such matrices [E, N, K].
+    """
 
     LINEAR = "linear"
     MATMUL = "matmul"
+    EXPERTS = "experts"
+    ROUTER = "router of experts"
     CONV = "conv"
     DEPTHWISE_CONV = "depthwise conv"
     EMBEDDING = "embedding"
@@ -47,7 +52,7 @@ _CLASS_USE: tuple[tuple[type[nn.Module], Use], ...] = (
 )
 # Elements from which a parameter is worth a row in a report.
 _LARGE = 1024
-_LEGAL = frozenset({Use.LINEAR, Use.MATMUL, Use.CONV, Use.EMBEDDING})
+_LEGAL = frozenset({Use.LINEAR, Use.MATMUL, Use.EXPERTS, Use.CONV, Use.EMBEDDING})
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def find_targets(
     wanted = DEFAULT_CLASSES if classes is None else tuple(classes)
     everything = set(DEFAULT_CLASSES) <= set(wanted)
     wanted_uses = {use for known, use in _CLASS_USE if issubclass(known, wanted)}
-    wanted_uses |= {Use.MATMUL} if Use.LINEAR in wanted_uses else set()
+    wanted_uses |= {Use.MATMUL, Use.EXPERTS} if Use.LINEAR in wanted_uses else set()
     updater, targets = ModTensorUpdater(model), []
     for _, tensor in updater.tensors():
         places = updater.places(tensor)
@@ -174,6 +179,8 @@ def _class_uses(place: Place) -> set[Use]:
 def _use_shape_reason(shape: Sequence[int], uses: frozenset[Use]) -> str | None:
     if uses & {Use.LINEAR, Use.MATMUL, Use.EMBEDDING} and len(shape) != 2:
         return f"rank {len(shape)}: as a linear or embedding weight Q40 must be a matrix"
+    if Use.EXPERTS in uses and (len(shape) != 3 or shape[-1] % 32):
+        return f"{' x '.join(map(str, shape))}: as weights of experts Q40 must be a stack of matrices with rows of a multiple of 32"
     if Use.CONV in uses and len(shape) > 4:
         return f"rank {len(shape)}: tract's Q40 convolutions have one or two spatial dimensions"
     return None

@@ -138,6 +138,15 @@ class QTensorTractScaleOnly(QTensorTract):
         """The tensor in the file; it shares the planes."""
         return self
 
+    def rows(self, start: int, stop: int) -> QTensorTractScaleOnly:
+        """Rows [start, stop) of a matrix, or of each in a stack of them; K, the last axis, must be a multiple of 32."""
+        *stack, rows, width = self.stored_shape
+        if width % GROUP:
+            raise T2NErrorInvalidArgument(f"{self!r}: groups of {GROUP} cross its rows of {width}")
+        codes, scales = (plane.reshape(*stack, rows, -1)[..., start:stop, :].reshape(-1) for plane in self.planes())
+        scheme = QScalePerGroupF16(GROUP, scales.reshape(-1, 1), n_bits=4)
+        return QTensorTractScaleOnly.from_packed(codes, (*stack, stop - start, width), scheme, self.dtype, _PACKING)
+
     def transposed(self) -> QTensorTractTransposed:
         """The same planes as a weight of which this is the transpose (last two axes)."""
         return QTensorTractTransposed.from_packed(
