@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from torch_to_nnef.inference_target import TractCheckTolerance
+from torch_to_nnef.inference_target import Tolerance, TractCheckTolerance
 from torch_to_nnef.llm_tract.causal import Signature, as_step
+from torch_to_nnef.llm_tract.steps import run_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +35,10 @@ class TorchSteps:
     def reset(self) -> None:
         """Forget what was fed."""
         self._caches = self._signature.past(0, self.dtype)
+
+    def keep(self, count: int) -> None:
+        """See `Steps.keep`."""
+        self._caches = [cache[:, :, :count] for cache in self._caches]
 
     @torch.no_grad()
     def feed(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
@@ -116,6 +121,9 @@ def compare_generation(
 ) -> GenerationComparison:
     """Generate `count` tokens after `prompt` in torch (`reference`) and tract (`archive`); `dtype` is that of the logits in torch.
 
+    tract goes ahead token by token; torch then reads all of them in one run and says, at each, which one it would have chosen. From the
+    first that differs, both go on with torch's: so the tokens are those of torch alone, for next to the price of one run of it.
+
     The logits of the model are verified to be apart by no more than `atol + rtol |logit|`. Where torch prefers a to b and tract b to a,
     those errors make up the gap: `logit_a - logit_b` in torch is at most the sum of both bounds. That is a tie; a larger gap is an error.
     """
@@ -126,21 +134,31 @@ def compare_generation(
     differences: list[Difference] = []
     worst = 0.0
     pending = list(prompt)
-    for position in range(count):
-        expected, actual = reference.feed(pending)[-1], archive.feed(pending)[-1]
-        worst = max(worst, float(np.abs(expected - actual).max()))
-        pair = chosen, other = int(expected.argmax()), int(actual.argmax())
-        if chosen != other:
-            in_torch, in_tract = _at(expected, pair), _at(actual, pair)
-            allowed = sum(bounds.atol + bounds.rtol * abs(logit) for logit in in_torch)
-            differences.append(Difference(position, pair, in_torch, in_tract, in_torch[0] - in_torch[1] <= allowed))
-        tokens.append(chosen)
-        pending = [chosen]
+    while len(tokens) < count:
+        drafts, actual = run_ahead(archive, pending, count - len(tokens))
+        expected = reference.feed([*pending, *drafts[:-1]], every=True)[-len(drafts) :]
+        for in_torch, in_tract, draft in zip(expected, actual, drafts, strict=True):
+            worst = max(worst, float(np.abs(in_torch - in_tract).max()))
+            tokens.append(int(in_torch.argmax()))
+            if tokens[-1] != draft:
+                differences.append(_difference(len(tokens) - 1, (tokens[-1], draft), in_torch, in_tract, bounds))
+                break
+        for steps in (reference, archive):
+            steps.keep(len(prompt) + len(tokens) - 1)
+        pending = tokens[-1:]
     return GenerationComparison(tuple(prompt), tuple(tokens), tuple(differences), worst, tolerance)
 
 
-def _at(logits: NDArray[np.float32], pair: tuple[int, int]) -> tuple[float, float]:
-    return float(logits[pair[0]]), float(logits[pair[1]])
+def _difference(
+    position: int,
+    pair: tuple[int, int],
+    torch_all: NDArray[np.float32],
+    tract_all: NDArray[np.float32],
+    bounds: Tolerance,
+) -> Difference:
+    in_torch, in_tract = ((float(logits[pair[0]]), float(logits[pair[1]])) for logits in (torch_all, tract_all))
+    allowed = sum(bounds.atol + bounds.rtol * abs(logit) for logit in in_torch)
+    return Difference(position, pair, in_torch, in_tract, tie=in_torch[0] - in_torch[1] <= allowed)
 
 
 def _pair(logits: tuple[float, float]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torch_to_nnef.llm_tract.steps import greedy
+from torch_to_nnef.llm_tract.steps import run_ahead
 from torch_to_nnef.llm_tract.texts import QUESTION
 from torch_to_nnef.report.data import Section
 from torch_to_nnef.report.words import size
@@ -79,32 +79,26 @@ class FloatReference:
         for logits, following in _predictions(steps, windows):
             self._file.write(logits.tobytes())
             scores.add(logits, following)
-        self.row = QualityRow(name, scores.perplexity, nbytes, self._answer(steps))
+        steps.reset()
+        answer, _ = run_ahead(steps, tokenizer(QUESTION)["input_ids"], _ANSWER)
+        self.row = QualityRow(name, scores.perplexity, nbytes, self._text(answer))
 
-    def quality(self, forms: Sequence[tuple[str, Steps, int]]) -> Quality:
-        """Measure other forms of the model: of each a name, steps, and bytes of weights."""
-        rows = tuple(self.measure(*form) for form in forms)
-        return Quality(self._windows.name, self._windows.count, self._windows.left_out, (self.row, *rows))
-
-    def measure(self, name: str, steps: Steps, nbytes: int) -> QualityRow:
-        """How `steps` predicts the same text."""
+    def measure(self, name: str, steps: Steps, nbytes: int, answer: Sequence[int]) -> QualityRow:
+        """How `steps`, with `nbytes` bytes of weights, predicts the same text; `answer`: tokens it generates after `QUESTION`."""
         scores = _Scores()
         self._file.seek(0)
         for logits, following in _predictions(steps, self._windows):
             scores.add(logits, following, np.frombuffer(self._file.read(logits.nbytes), np.float32))
-        return QualityRow(
-            name,
-            scores.perplexity,
-            nbytes,
-            self._answer(steps),
-            float(np.mean(scores.divergences)),
-            max(scores.divergences),
-            scores.same / len(scores.divergences),
-        )
+        mean, worst = float(np.mean(scores.divergences)), max(scores.divergences)
+        same = scores.same / len(scores.divergences)
+        return QualityRow(name, scores.perplexity, nbytes, self._text(answer), mean, worst, same)
 
-    def _answer(self, steps: Steps) -> str:
-        tokens = greedy(steps, self._tokenizer(QUESTION)["input_ids"], _ANSWER)
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+    def quality(self, *rows: QualityRow) -> Quality:
+        """The float model and what `measure` found of others."""
+        return Quality(self._windows.name, self._windows.count, self._windows.left_out, (self.row, *rows))
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(tokens[:_ANSWER]), skip_special_tokens=True)
         return text
 
     def close(self) -> None:

@@ -24,19 +24,21 @@ class Steps(Protocol):
     def feed(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
         """Append `ids`; logits [n, vocabulary] of their last n positions: at least the last one, all with `every`."""
 
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` tokens, which were fed."""
+
     def reset(self) -> None:
         """Forget what was fed."""
 
 
-def greedy(steps: Steps, prompt: Sequence[int], count: int) -> list[int]:
-    """The `count` tokens that follow `prompt` when the likeliest one is taken each time."""
-    steps.reset()
-    tokens: list[int] = []
-    pending = list(prompt)
+def run_ahead(steps: Steps, tokens: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
+    """Feed `tokens`, then the likeliest token each time: `count` of these, and the logits [count, vocabulary] they were chosen by."""
+    chosen: list[int] = []
+    logits = []
     for _ in range(count):
-        tokens.append(int(steps.feed(pending)[-1].argmax()))
-        pending = tokens[-1:]
-    return tokens
+        logits.append(steps.feed(chosen[-1:] or tokens)[-1])
+        chosen.append(int(logits[-1].argmax()))
+    return chosen, np.stack(logits)
 
 
 class TractSteps:
@@ -82,5 +84,5 @@ class TractSteps:
         return outputs["outputs"][0].astype(np.float32)
 
     def keep(self, count: int) -> None:
-        """Forget all but the first `count` tokens."""
+        """See `Steps.keep`."""
         self._caches = {name: cache[:, :, :count] for name, cache in self._caches.items()}
