@@ -78,6 +78,11 @@ class Target:
     places: tuple[Place, ...]
     reason: str | None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weight."""
+        return self.tensor.numel() * self.tensor.element_size()
+
 
 def q40_reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
     """Why tract could not use `tensor` as Q40; None if it can. `uses=None` is unknown: judged by dtype and shape."""
