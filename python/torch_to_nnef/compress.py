@@ -14,12 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.methods.min_max import quantize_min_max
 from torch_to_nnef.quantize.methods.scale_search import quantize_scale_search
 from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection
+from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
+from torch_to_nnef.tensor.quant.base import QTensor
 
 if TYPE_CHECKING:
     from torch_to_nnef.quantize.apply import Progress
@@ -64,6 +67,19 @@ def quantize_weights_q40(
 ) -> nn.Module:
     """As `quantize_weights_min_max_Q4_0`, with the scale of least squared error in each group: the default method."""
     return quantize_scale_search(model, to_quantize_module_classes, selection, progress, method)
+
+
+def offloaded_tensor_qtensor(
+    q_fn: Callable[[torch.Tensor], QTensor], tensor: torch.Tensor, suffix_name: str = ""
+) -> QTensor:
+    """`q_fn(tensor)`, its codes kept on disk if `tensor` is an `OffloadedTensor`; for methods that replace weights on their own.
+
+    suffix_name: appended to the `nnef_name` of the result, where it has one.
+    """
+    packed = q_fn(loaded(tensor))
+    if packed.nnef_name and suffix_name:
+        packed.nnef_name = f"{packed.nnef_name}.{suffix_name}"
+    return packed.offload() if isinstance(tensor, OffloadedTensor) else packed
 
 
 DEFAULT_COMPRESSION: dict[str, Method] = {

@@ -33,6 +33,7 @@ from torch_to_nnef.nnef.names import VariableNamingScheme
 from torch_to_nnef.nnef.writer import target_path, write_archive
 from torch_to_nnef.op.extensions import load_modules
 from torch_to_nnef.op.registry import table
+from torch_to_nnef.tensor.offload import scratch_in
 from torch_to_nnef.torch_internals import OpOverload, pytree
 from torch_to_nnef.verify import (
     Candidate,
@@ -229,9 +230,12 @@ def _properties(target: TractNNEF) -> dict[str, str]:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; put in place of `path` in one step if the block ends well, else removed."""
+    """A path beside `path` to write to; put in place of `path` in one step if the block ends well, else removed.
+
+    Tensors that are offloaded meanwhile lie on the same file system.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".t2n-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".t2n-", dir=path.parent) as folder, scratch_in(path.parent):
         beside = Path(folder) / path.name
         yield beside
         put_in_place(beside, path)

@@ -59,6 +59,20 @@ pub fn q40_dequantize(
 }
 
 #[pyfunction]
+pub fn q40_squared_error(
+    py: Python<'_>,
+    codes: &Bytes<'_>,
+    scales: &Bytes<'_>,
+    dtype: &str,
+    data: &Bytes<'_>,
+) -> PyResult<(f64, f64)> {
+    let float = float_type(py, dtype)?;
+    let (codes, scales, data) = (input(codes, "codes")?, input(scales, "scales")?, input(data, "data")?);
+    let (codes, scales, data) = (codes.as_slice()?, scales.as_slice()?, data.as_slice()?);
+    native(py, |stop| q40::squared_error(codes, scales, float, data, stop))
+}
+
+#[pyfunction]
 pub fn q40_join(py: Python<'_>, codes: &Bytes<'_>, scales: &Bytes<'_>, blocks: &Bytes<'_>) -> PyResult<()> {
     let (codes, scales, mut blocks) = (input(codes, "codes")?, input(scales, "scales")?, output(blocks, "blocks")?);
     let (codes, scales, blocks) = (codes.as_slice()?, scales.as_slice()?, blocks.as_slice_mut()?);

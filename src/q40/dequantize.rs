@@ -66,7 +66,7 @@ pub(super) fn load_scales(bytes: &[u8], scales: &mut [f32]) {
 }
 
 #[inline(always)]
-fn decode(isa: impl Isa, codes: &[u8], scales: &[f32], values: &mut [f32]) {
+pub(super) fn decode(isa: impl Isa, codes: &[u8], scales: &[f32], values: &mut [f32]) {
     let groups = values.as_chunks_mut().0.iter_mut().zip(codes.as_chunks().0);
     for ((values, codes), scale) in groups.zip(scales) {
         *values = isa.decode(codes, *scale);

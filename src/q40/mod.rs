@@ -8,12 +8,14 @@
 
 pub mod block;
 pub mod dequantize;
+pub mod error;
 pub mod float;
 pub mod quantize;
 mod simd;
 
 pub use block::{BlockQ4_0, join, split};
 pub use dequantize::dequantize;
+pub use error::squared_error;
 pub use float::FloatType;
 pub use quantize::{Encoder, quantize, quantize_with_scales};
 

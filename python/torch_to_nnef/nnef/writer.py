@@ -14,6 +14,8 @@ from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.text import graph_text
 from torch_to_nnef.op.dtypes import tract_dtype
+from torch_to_nnef.quantize.apply import Progress
+from torch_to_nnef.tensor.offload import loaded
 from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly
 
 
@@ -37,24 +39,38 @@ def target_path(path: str | Path, compression_level: int | None) -> tuple[Path, 
     return path.with_name(f"{path.name}.{form}"), form
 
 
-def write_archive(document: Document, path: Path, form: str, compression_level: int | None) -> int:
-    """Write `document` at `path`; bytes on disk. On any error what was at `path` before is untouched."""
+def write_archive(
+    document: Document, path: Path, form: str, compression_level: int | None, progress: Progress | None = None
+) -> int:
+    """Write `document` at `path`; bytes on disk. On any error what was at `path` before is untouched.
+
+    progress: called as `(done, total, label)` before each variable and once at the end; in bytes of `.dat` files.
+    """
+    sizes = [_nbytes(variable.tensor) for variable in document.variables]
     writer = ArchiveWriter(path, form, compression_level or (1 if form == "tgz" else 0))  # type: ignore[arg-type]
     try:
         writer.add_text("graph.nnef", graph_text(document))
-        for variable in document.variables:
+        for index, variable in enumerate(document.variables):
+            if progress:
+                progress(sum(sizes[:index]), sum(sizes), variable.label)
             if isinstance(variable.tensor, QTensor):
                 _add_packed(writer, variable.label, variable.tensor, path.parent)
             else:
                 _add_plain(writer, variable.label, variable.tensor)
+        if progress:
+            progress(sum(sizes), sum(sizes), "")
         return writer.finish()
     finally:
         writer.abort()
 
 
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.packed_nbytes if isinstance(tensor, QTensor) else tensor.numel() * tensor.element_size()
+
+
 def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """The elements as little-endian bytes, 1-D, without a copy where the tensor is contiguous on CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return loaded(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _add_plain(writer: ArchiveWriter, label: str, tensor: torch.Tensor) -> None:

@@ -10,10 +10,12 @@ from torch import nn
 
 from torch_to_nnef.quantize.rows import TensorRow, record, weight_error
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
+from torch_to_nnef.tensor.offload import OffloadedTensor
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
 
 Encode = Callable[[torch.Tensor, str], QTensorTractScaleOnly]
+# `(bytes done, all bytes, name of what is next)`.
 Progress = Callable[[int, int, str], None]
 _STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
@@ -29,7 +31,8 @@ def quantize_(
 ) -> nn.Module:
     """Replace the weights asked for by `encode(weight, name)`, in place.
 
-    Shared weights are encoded once and stay shared. The model changes only after every weight is encoded: on an error,
+    Shared weights are encoded once and stay shared. What is made of a weight on disk (`OffloadedTensor`) is put on disk too, so that
+    there is one at a time in memory. The model changes only after every weight is encoded: on an error,
     Ctrl-C included, it is exactly as before. A row is recorded for every weight asked for, with the reason if it was
     left in float.
 
@@ -41,27 +44,31 @@ def quantize_(
             Conv2d.
         selection: Narrows further, and brings what the captured graph knows about uses.
         method: Name shown in rows.
-        progress: Called as `(done, total, name)` before each weight, and once at the end.
+        progress: Called as `(done, total, name)` before each weight, and once at the end; in bytes of the float weights.
 
     Raises:
         T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
         T2NErrorInvalidArgument: `selection.include` selects nothing.
+        T2NErrorRuntime: The disk has no room for the packed weights.
 
     """
     targets = find_targets(model, classes, selection)
-    total = sum(target.reason is None for target in targets)
+    done, total = 0, sum(target.nbytes for target in targets if target.reason is None)
     encoded: dict[int, nn.Parameter | QTensor] = {}
     rows = []
     for target in targets:
         fqn, packed = target.places[0].fqn, None
         if target.reason is None:
             if progress:
-                progress(len(encoded), total, fqn)
+                progress(done, total, fqn)
             weight = target.tensor.detach()
             packed = encode(weight.mT, fqn).transposed() if target.transposed else encode(weight, fqn)
-            held = isinstance(target.tensor, nn.Parameter)
-            encoded[id(target.tensor)] = nn.Parameter(packed, requires_grad=False) if held else packed
         rows.append(row_of(target, packed, method))
+        if packed is not None:
+            done += target.nbytes
+            kept = packed.offload() if isinstance(target.tensor, OffloadedTensor) else packed
+            held = isinstance(target.tensor, nn.Parameter)
+            encoded[id(target.tensor)] = nn.Parameter(kept, requires_grad=False) if held else kept
     if progress:
         progress(total, total, "")
     _swap(targets, encoded)
@@ -91,7 +98,7 @@ def row_of(target: Target, packed: QTensor | None, method: str) -> TensorRow:
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
         reason=target.reason,
-        nbytes_before=tensor.numel() * tensor.element_size(),
+        nbytes_before=target.nbytes,
     )
     now = packed if packed is not None else tensor
     if not isinstance(now, QTensor):

@@ -8,13 +8,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from torch_to_nnef.tensor.chunks import flat_chunks
-from torch_to_nnef.tensor.quant.qtract import QTensorTractTransposed
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
     from torch_to_nnef.tensor.quant.base import QTensor
 
@@ -81,20 +78,9 @@ def weight_error(fp: torch.Tensor, q: QTensor) -> tuple[float, float]:
     With signal S = sum(fp^2) and noise N = sum((q - fp)^2), in f64: SNR = 10 log10(S / N) dB, relative RMSE = sqrt(N /
     S). N = 0 gives `(inf, 0)`; S = 0 with N > 0 gives `(-inf, inf)`.
     """
-    if isinstance(q, QTensorTractTransposed):  # in the order of its groups
-        fp, q = fp.mT, q.stored
-    signal = noise = 0.0
-    for start, values in flat_chunks(fp, multiple=_GROUP if fp.numel() % _GROUP == 0 else 1):
-        # f32 holds each difference; squares of tiny weights and their sums need f64.
-        exact = values.to(torch.promote_types(values.dtype, torch.float32))
-        difference = q.decompress_slice(start, start + len(values)).to(exact.dtype) - exact
-        signal += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
-        noise += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+    signal, noise = q.squared_error(fp)
     if noise == 0:
         return math.inf, 0.0
     if signal == 0:
         return -math.inf, math.inf
     return 10 * math.log10(signal / noise), math.sqrt(noise / signal)
-
-
-_GROUP = 32

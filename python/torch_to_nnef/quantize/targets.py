@@ -93,6 +93,11 @@ class Target:
     reason: str | None
     transposed: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weight."""
+        return self.tensor.numel() * self.tensor.element_size()
+
 
 def q40_reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
     """Why tract could not use `tensor` as Q40; None if it can. `uses=None` is unknown: judged by dtype and shape."""

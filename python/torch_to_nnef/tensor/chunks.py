@@ -5,7 +5,10 @@ from math import gcd
 
 import torch
 
-MAX_ELEMENTS = 4 << 20
+from torch_to_nnef.tensor.offload import loaded
+
+# Small enough to stay in a cache, and for malloc to find room in what it has.
+MAX_ELEMENTS = 1 << 20
 
 
 def flat_chunks(
@@ -14,13 +17,14 @@ def flat_chunks(
     """Yield `(start, values)`: 1-D contiguous pieces of `tensor` in row-major order; `start` is a flat index.
 
     Every `start` is a multiple of `multiple`, which must divide `tensor.numel()`. Pieces hold about `max_elements`
-    elements at most; a non-contiguous tensor is copied a few rows at a time, never as a whole.
+    elements at most; a non-contiguous tensor is copied a few rows at a time, never as a whole. One that lies on disk is read a piece at
+    a time.
     """
     tensor = tensor.detach()
     if tensor.is_contiguous():
         flat, step = tensor.reshape(-1), max(multiple, max_elements // multiple * multiple)
         for start in range(0, flat.numel(), step):
-            yield start, flat[start : start + step]
+            yield start, loaded(flat[start : start + step])
         return
     row = tensor.numel() // tensor.shape[0]
     aligned_rows = multiple // gcd(row, multiple)

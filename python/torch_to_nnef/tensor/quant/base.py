@@ -16,6 +16,8 @@ from torch_to_nnef.exceptions import (
     T2NErrorMisuse,
     T2NErrorNotImplemented,
 )
+from torch_to_nnef.tensor.chunks import flat_chunks
+from torch_to_nnef.tensor.offload import offload
 from torch_to_nnef.tensor.quant.scheme import QScalePerGroupF16, QScheme
 from torch_to_nnef.torch_internals import pytree, without_torch_function
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 __all__ = ["FLOAT_DTYPES", "QScalePerGroupF16", "QScheme", "QTensor"]
+# What `decompress_slice` may be asked for, at least: groups of any format we have.
+_PIECE = 32
 _aten = torch.ops.aten
 
 
@@ -125,6 +129,17 @@ class QTensor(torch.Tensor):
         """`decompress().flatten()[start:stop]`; formats that can, read only that part."""
         return self.decompress().reshape(-1)[start:stop]
 
+    def squared_error(self, exact: torch.Tensor) -> tuple[float, float]:
+        """`(sum of exact^2, sum of (self - exact)^2)` in f64; `exact` is a float tensor of this shape, walked in pieces."""
+        signal = noise = 0.0
+        for start, piece in flat_chunks(exact, _PIECE if exact.numel() % _PIECE == 0 else 1):
+            # f32 holds each difference; squares of tiny weights and their sums need f64.
+            values = piece.to(torch.promote_types(piece.dtype, torch.float32))
+            difference = self.decompress_slice(start, start + len(piece)).to(values.dtype) - values
+            signal += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+            noise += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+        return signal, noise
+
     def write_in_file(self, dirpath: str | Path, label: str, inference_target: InferenceTarget | None = None) -> Path:
         """Write `dirpath/label.dat`; returns its path. A subclass that an engine can read implements this."""
         raise T2NErrorNotImplemented(
@@ -153,6 +168,10 @@ class QTensor(torch.Tensor):
             qscheme=self.qscheme.to_device(device),
             u8_compressors=tuple(c.to_device(device) for c in self.u8_compressors),
         )
+
+    def offload(self) -> Self:
+        """The same codes on disk, in a scratch file (see `torch_to_nnef.tensor.offload`); read when they are used."""
+        return self._derive(u8_blob=offload(self.u8_blob), qscheme=self.qscheme.map_tensors(offload))
 
     @property
     def packed_nbytes(self) -> int:

@@ -19,6 +19,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorInvalidArgument,
 )
 from torch_to_nnef.tensor.chunks import flat_chunks
+from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import GROUP, NibblePacking, U8Compressor
 
@@ -194,9 +195,22 @@ class QTensorTractScaleOnly(QTensorTract):
         )
         return values
 
+    def squared_error(self, exact: torch.Tensor) -> tuple[float, float]:
+        """As `QTensor.squared_error`, in one pass."""
+        if self.dtype != exact.dtype or exact.dtype not in _NATIVE_DTYPES:
+            return super().squared_error(exact)
+        planes = [plane.cpu() for plane in self.planes()]
+        signal = noise = 0.0
+        for start, values, dtype in _native_chunks(exact):
+            stop = start + len(values)
+            codes, scales = (loaded(p[start // n : stop // n]) for p, n in zip(planes, (2, GROUP), strict=True))
+            sums = _native.q40_squared_error(_bytes(codes), _bytes(scales), dtype, _bytes(values))
+            signal, noise = signal + sums[0], noise + sums[1]
+        return signal, noise
+
     def write_dat(self, path: Path) -> None:
         """Write the planes as GGUF blocks (NNEF item type 0x3040)."""
-        codes, scales = (plane.cpu() for plane in self.planes())
+        codes, scales = (loaded(plane).cpu() for plane in self.planes())
         _native.write_dat_q40(path, list(self.stored_shape), _bytes(codes), _bytes(scales))
 
 
@@ -240,6 +254,10 @@ class QTensorTractTransposed(QTensorTractScaleOnly):
     def decompress_slice(self, start: int, stop: int) -> torch.Tensor:
         """`decompress().flatten()[start:stop]`; groups run across the rows, so all are read."""
         return self.decompress().reshape(-1)[start:stop]
+
+    def squared_error(self, exact: torch.Tensor) -> tuple[float, float]:
+        """As `QTensor.squared_error`, in the order of the groups."""
+        return self.stored.squared_error(exact.mT)
 
 
 def _swapped(shape: Sequence[int]) -> tuple[int, ...]:
@@ -367,12 +385,14 @@ def _is_q40(scheme: QScalePerGroupF16) -> bool:
 
 
 def _native_chunks(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, _native.FloatName]]:
-    """Yield `(start, values, dtype name)`: the whole tensor where native code can read it, else bounded f32 pieces."""
-    if tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.dtype in _NATIVE_DTYPES:
+    """Yield `(start, values, dtype name)`: the whole tensor where native code can read it, else bounded pieces."""
+    native = tensor.dtype in _NATIVE_DTYPES
+    if native and tensor.is_contiguous() and tensor.device.type == "cpu" and not isinstance(tensor, OffloadedTensor):
         yield 0, tensor.detach().reshape(-1), _NATIVE_DTYPES[tensor.dtype]
         return
     for start, values in flat_chunks(tensor, GROUP):
-        yield start, values.to("cpu", torch.float32), "f32"
+        known = values.cpu() if native else values.to("cpu", torch.float32)
+        yield start, known, _NATIVE_DTYPES[known.dtype]
 
 
 def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:

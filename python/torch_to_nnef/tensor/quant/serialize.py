@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed
@@ -45,10 +46,11 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
             aliases[name] = first_name[_identity(tensor)]
         elif isinstance(tensor, QTensor):
             packed[name] = _describe(name, tensor)
-            entries[f"{name}::u8_blob"] = tensor.u8_blob.contiguous()
-            entries |= {f"{name}::{n}": getattr(tensor.qscheme, n).contiguous() for n in tensor.qscheme.tensor_names}
+            entries[f"{name}::u8_blob"] = loaded(tensor.u8_blob).contiguous()
+            scheme = tensor.qscheme
+            entries |= {f"{name}::{n}": loaded(getattr(scheme, n)).contiguous() for n in scheme.tensor_names}
         else:
-            entries[name] = tensor.detach().contiguous()
+            entries[name] = loaded(tensor).detach().contiguous()
     path = Path(path)
     note = json.dumps({"packed": packed, "aliases": aliases}, sort_keys=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -82,7 +84,9 @@ def load_safetensors(path: str | Path, device: str = "cpu") -> dict[str, torch.T
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     # `state_dict()` detaches: shared weights arrive as distinct objects over the same bytes.
     if isinstance(tensor, QTensor):
-        return type(tensor), tensor.u8_blob.data_ptr(), tensor.dtype, tuple(tensor.shape)
+        return type(tensor), _identity(tensor.u8_blob), tensor.dtype, tuple(tensor.shape)
+    if isinstance(tensor, OffloadedTensor):
+        return "on disk", tensor.extents, tensor.dtypes, tuple(tensor.shape)
     if tensor.numel() == 0:
         return ("empty", id(tensor))
     return "plain", tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()

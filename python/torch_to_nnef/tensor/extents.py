@@ -1,0 +1,152 @@
+"""Values that lie in files: byte ranges, read when asked for and never mapped, so that memory does not grow with what was read."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+
+from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorNotFoundFile, T2NErrorRuntime
+
+# As many bytes of JSON as safetensors itself accepts.
+_MAX_HEADER = 100_000_000
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class ByteFile:
+    """An open file, read at any place by any thread. Held open, it keeps its content if the name is deleted or replaced."""
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self.name, self._file, self._lock = name, file, threading.Lock()
+        weakref.finalize(self, file.close)
+
+    @classmethod
+    def open(cls, path: Path) -> ByteFile:
+        """The file at `path`; raises `T2NErrorNotFoundFile`."""
+        try:
+            return cls(str(path), path.open("rb", buffering=0))
+        except OSError as error:
+            raise T2NErrorNotFoundFile(f"cannot read {path}: {error}") from error
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        with self._lock:
+            return self._file.seek(0, io.SEEK_END)
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on; raises `T2NErrorInconsistentTensor` if the file ends before."""
+        with self._lock:
+            self._file.seek(offset)
+            filled = 0
+            while filled < len(into):
+                got = cast("io.RawIOBase", self._file).readinto(into[filled:])
+                if not got:
+                    raise T2NErrorInconsistentTensor(f"{self.name} ends {len(into) - filled} bytes before its last tensor")
+                filled += got
+
+
+class Scratch(ByteFile):
+    """A file without a name in `folder`, that grows; its space is free again when nothing refers to it, however the process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"scratch file in {folder}", cast("BinaryIO", tempfile.TemporaryFile(dir=folder, buffering=0)))
+
+    def append(self, content: memoryview) -> Extent:
+        """Where `content` now lies; raises `T2NErrorRuntime` where the system cannot take it, as on a full disk."""
+        try:
+            with self._lock:
+                offset, written = self._file.seek(0, io.SEEK_END), 0
+                while written < len(content):
+                    written += self._file.write(content[written:])
+        except OSError as error:
+            raise T2NErrorRuntime(f"cannot write {len(content)} bytes to a {self.name}: {error}") from error
+        return Extent(self, offset, len(content))
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`nbytes` bytes of `file` from `offset` on."""
+
+    file: ByteFile
+    offset: int
+    nbytes: int
+
+
+Extents = tuple[Extent, ...]
+
+
+def cut(extents: Sequence[Extent], start: int, stop: int) -> Extents:
+    """Bytes `[start, stop)` of the concatenated `extents`."""
+    found = []
+    for extent in extents:
+        first, last = max(start, 0), min(stop, extent.nbytes)
+        if first < last:
+            found.append(replace(extent, offset=extent.offset + first, nbytes=last - first))
+        start, stop = start - extent.nbytes, stop - extent.nbytes
+    return tuple(found)
+
+
+def read_into(extents: Sequence[Extent], tensor: torch.Tensor) -> None:
+    """Fill `tensor` (contiguous, CPU) with the bytes of `extents`."""
+    view, at = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0
+    for extent in extents:
+        extent.file.read_into(extent.offset, view[at : at + extent.nbytes])
+        at += extent.nbytes
+
+
+def safetensors_extents(path: Path) -> Iterator[tuple[str, Extent, torch.dtype, tuple[int, ...]]]:
+    """`(name, extent, dtype, shape)` of each tensor of a safetensors file.
+
+    Raises:
+        T2NErrorNotFoundFile: It cannot be opened.
+        T2NErrorInconsistentTensor: It is not of that format, or shorter than it says.
+
+    """
+    file = ByteFile.open(path)
+    try:
+        header, data = _header(file)
+        for name, about in header.items():
+            if name == "__metadata__":
+                continue
+            (start, stop), shape = about["data_offsets"], tuple(about["shape"])
+            dtype = _DTYPES.get(about["dtype"])
+            if dtype is None:
+                raise ValueError(f"`{name}` has dtype {about['dtype']}, not one of {', '.join(_DTYPES)}")
+            nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
+            if not 0 <= start <= stop <= file.size - data or stop - start != nbytes:
+                raise ValueError(f"`{name}` of shape {list(shape)} cannot lie in bytes {start} to {stop}")
+            yield name, Extent(file, data + start, nbytes), dtype, shape
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as damage:
+        raise T2NErrorInconsistentTensor(f"{path} is no readable safetensors file: {damage}") from damage
+
+
+def _header(file: ByteFile) -> tuple[dict[str, Any], int]:
+    """JSON of the header, and where the data begin."""
+    length = bytearray(8)
+    file.read_into(0, memoryview(length))
+    size = int.from_bytes(length, "little")
+    if size > min(_MAX_HEADER, file.size - 8):
+        raise ValueError(f"a header of {size} bytes")
+    text = bytearray(size)
+    file.read_into(8, memoryview(text))
+    return json.loads(text), 8 + size
