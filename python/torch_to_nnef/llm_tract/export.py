@@ -1,0 +1,277 @@
+"""A checkpoint to a folder with a verified archive: all that `t2n_export_llm_to_tract` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from torch_to_nnef._native import __version__, tract_version
+from torch_to_nnef.compress import Method, call_method, dynamic_load_registry
+from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIOPytorchTractNotISO
+from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, locate, relower
+from torch_to_nnef.graph.convert import to_graph
+from torch_to_nnef.graph.inputs import prepare
+from torch_to_nnef.graph.uses import weight_uses
+from torch_to_nnef.llm_tract.card import model_card
+from torch_to_nnef.llm_tract.causal import Signature, as_step
+from torch_to_nnef.llm_tract.checkpoint import DTYPES, Checkpoint
+from torch_to_nnef.llm_tract.families import attention_of, step_signature
+from torch_to_nnef.llm_tract.generation import GenerationComparison, TorchSteps, compare_generation
+from torch_to_nnef.llm_tract.layout import Layout, modes, properties, replaced_folder
+from torch_to_nnef.llm_tract.quality import FloatReference, Quality
+from torch_to_nnef.llm_tract.report import LlmReport, condensed, sections
+from torch_to_nnef.llm_tract.scenarios import scenarios, verify_scenarios
+from torch_to_nnef.llm_tract.steps import TractSteps
+from torch_to_nnef.llm_tract.texts import PROSE, windows
+from torch_to_nnef.log import LOGGER
+from torch_to_nnef.nnef.names import VariableNamingScheme
+from torch_to_nnef.nnef.writer import write_archive
+from torch_to_nnef.quantize.rows import TensorRow, recording
+from torch_to_nnef.quantize.targets import Selection
+from torch_to_nnef.report import Totals
+from torch_to_nnef.report.words import size
+from torch_to_nnef.tensor.quant import QTensor
+from torch_to_nnef.tract_model import TractModel
+from torch_to_nnef.verify import Comparison, raise_on_mismatch
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from torch_to_nnef.graph.capture import Captured
+    from torch_to_nnef.graph.ir import Graph
+    from torch_to_nnef.inference_target import TractNNEF
+    from torch_to_nnef.llm_tract.options import LlmOptions
+
+_GENERATED = 32  # tokens compared
+
+
+def export_llm(options: LlmOptions) -> LlmReport:
+    """Load, compress, export and verify what `options` name, and leave it in `options.export_dirpath`; returns the report.
+
+    The folder appears whole, or not at all if anything fails. Raises what `LlmOptions`, `Checkpoint`, `step_signature` and
+    `export_model_to_nnef` raise; `T2NErrorIOPytorchTractNotISO` if tract's outputs, or the text it generates, are not torch's.
+    """
+    method = _method(options)
+    with replaced_folder(options) as layout:
+        checkpoint = Checkpoint.find(options)
+        trusted = options.trust_remote_code
+        work = _Work(options, checkpoint, step_signature(checkpoint.config, options.logits, trust_remote_code=trusted))
+        with work.steps("load"):
+            work.load()
+        return work.export(method, layout)
+
+
+@dataclass
+class _Work:
+    """An export on its way: what is known from the start, then the model, then what was found out."""
+
+    options: LlmOptions
+    checkpoint: Checkpoint
+    signature: Signature
+    steps: Steps = field(default_factory=Steps)
+    notes: list[str] = field(default_factory=list)
+    model: PreTrainedModel = field(init=False)
+    tokenizer: PreTrainedTokenizerBase | None = field(init=False)
+
+    def note(self, text: str) -> None:
+        """Say it now, and in the report."""
+        LOGGER.warning("%s", text)
+        self.notes.append(text)
+
+    def load(self) -> None:
+        """Model and tokenizer."""
+        dtype = DTYPES[self.options.force_module_dtype] if self.options.force_module_dtype else None
+        try:
+            self.tokenizer = self.checkpoint.tokenizer()
+        except T2NError as error:
+            if self.options.dump_with_tokenizer_and_conf or self.options.eval_text is not None:
+                raise
+            self.tokenizer = None
+            self.note(f"without a tokenizer there are no texts, so neither perplexity nor answers ({error})")
+        attention = attention_of(self.checkpoint.config) or "sdpa"
+        self.model = self.checkpoint.load(dtype, self.options.device_map, attention)
+
+    def export(self, method: Method | None, layout: Layout) -> LlmReport:
+        """From the loaded model to the files of `layout`."""
+        original = Totals.of((), *_extent(self.model))
+        with self._float_reference() as reference, recording() as rows:
+            with self.steps("capture"):
+                captured, graph = self._capture()
+            with self.steps("compress"):
+                if method is not None:
+                    captured, graph = self._compress(method, captured, graph, layout)
+            with self.steps("lower"):
+                target = self._target(rows)
+                plan = self._plan(captured, graph, target)
+            with self.steps("write"):
+                layout.archive.parent.mkdir(exist_ok=True)
+                archive_bytes = write_archive(plan.document, layout.archive, "tgz", None)
+            if self.options.no_verify:
+                found = _Findings()
+            else:
+                with self.steps("verify"):
+                    found = self._verify(plan, layout, reference)
+        report = LlmReport(
+            model=self.checkpoint.name,
+            method=self.options.compression_method,
+            archive_path=layout.archive,
+            archive_bytes=archive_bytes,
+            rows=tuple(rows),
+            totals=_totals(rows, self.model, original),
+            archive=found.archive,
+            generation=found.generation,
+            quality=found.quality,
+            notes=tuple(self.notes),
+            sections=sections(found.generation, found.quality, self.notes),
+            steps=self.steps.taken(),
+            versions={"torch": torch.__version__, "tract": tract_version, "torch_to_nnef": __version__},
+        )
+        self._write(report, layout)
+        return report
+
+    def _float_reference(self) -> AbstractContextManager[FloatReference | None]:
+        """The model on a text before its weights change."""
+        if self.options.no_verify or self.tokenizer is None:
+            return nullcontext()
+        with self.steps("read a text in float"):
+            text = windows(self.tokenizer, self.options.eval_text, context=self.signature.context)
+            steps = TorchSteps(self.model, self.signature)
+            return FloatReference(steps, text, self.tokenizer, _extent(self.model)[1])
+
+    def _capture(self) -> tuple[Captured, Graph]:
+        step = as_step(self.model, self.signature)
+        axes = self.signature.dynamic_axes
+        return captured_graph(step, prepare(step, self._sample(), self.signature.input_names, axes))
+
+    def _sample(self) -> tuple[torch.Tensor, ...]:
+        return self.signature.sample(self.model.config.vocab_size, self.model.dtype)
+
+    def _compress(self, method: Method, captured: Captured, graph: Graph, layout: Layout) -> tuple[Captured, Graph]:
+        """Apply `method`; the capture holds as long as the modules are the same ones, whatever their weights."""
+        before = _modules(self.model)
+        self.model = call_method(
+            method,
+            self.model,
+            tokenizer=self.tokenizer,
+            export_dirpath=layout.folder,
+            local_dir=self.checkpoint.folder,
+            selection=Selection(uses=weight_uses(graph)),
+        )
+        if _modules(self.model) != before:
+            return self._capture()
+        captured = captured.rebind(self.model)
+        return captured, to_graph(captured)
+
+    def _target(self, rows: Sequence[TensorRow]) -> TractNNEF:
+        """With properties that say what was done, `rows` being what became of the weights."""
+        target = self.options.target(dynamic_axes=self.signature.dynamic_axes)
+        method = self.options.compression_method
+        said = properties(self.checkpoint, self.signature, target, self.model.dtype, method, rows)
+        return replace(target, specific_properties=said)
+
+    def _plan(self, captured: Captured, graph: Graph, target: TractNNEF) -> Plan:
+        names = self.signature
+        naming = Naming(names.input_names, names.output_names, scheme=VariableNamingScheme(self.options.naming_scheme))
+        return relower(captured, graph, type(self.model).__name__, target, naming, names.extensions)
+
+    def _verify(self, plan: Plan, layout: Layout, reference: FloatReference | None) -> _Findings:
+        """The scenarios, then text; raises at the first that is wrong."""
+        held = sum(variable.tensor.nbytes for variable in plan.document.variables)
+        LOGGER.info("verification: tract holds the archive too, about %s", size(held))
+        step, tolerance = as_step(self.model, self.signature), self.options.tract_check_io_tolerance
+        ids = self._text()
+        runs = scenarios(step, self.signature, self._sample(), ids, self.options.sample_generation_total_size)
+        layout.write_tests(runs)
+        tract = TractModel.load(layout.archive)
+        archive = verify_scenarios(tract, runs, tolerance)
+        sets = [run.input_set for run in runs]
+        raise_on_mismatch(archive, sets, lambda inputs: locate(plan, layout.archive, inputs, tolerance))
+        found = _Findings(tuple(map(condensed, archive)))
+        if (self.signature.logits or 0) > 1:
+            self.note("the archive takes no single token, so no text was generated: --num-logits-to-keep 1 can")
+            return found
+        in_torch, in_tract = TorchSteps(self.model, self.signature), TractSteps(tract)
+        prompt = ids[: max(len(ids) // 2, 1)]
+        found.generation = compare_generation(
+            in_torch, in_tract, prompt, self._generated(prompt), tolerance, self.model.dtype
+        )
+        if not found.generation.ok:
+            raise T2NErrorIOPytorchTractNotISO(f"tract does not generate torch's text: {found.generation}")
+        if reference is not None:
+            weights = _extent(self.model)[1]
+            forms = [("quantized torch", in_torch, weights)] if self.options.compression_method else []
+            found.quality = reference.quality([*forms, ("archive in tract", in_tract, tract.weight_bytes)])
+        return found
+
+    def _text(self) -> list[int]:
+        """Tokens of a prompt: ours if there is a tokenizer, else any."""
+        if self.tokenizer is None:
+            return torch.randint(
+                self.model.config.vocab_size, (_GENERATED,), generator=torch.Generator().manual_seed(0)
+            ).tolist()
+        ids: list[int] = self.tokenizer(PROSE, verbose=False)["input_ids"]
+        return ids
+
+    def _generated(self, prompt: Sequence[int]) -> int:
+        context = self.signature.context
+        return _GENERATED if context is None else min(_GENERATED, context - len(prompt))
+
+    def _write(self, report: LlmReport, layout: Layout) -> None:
+        config, name = self.model.config, self.checkpoint.name
+        how = modes(
+            self.signature,
+            name=name,
+            model_type=config.model_type,
+            vocabulary=config.vocab_size,
+            dtype=self.model.dtype,
+            eos_ids=self.checkpoint.eos_ids,
+        )
+        tokenizer = self.tokenizer if self.options.dump_with_tokenizer_and_conf else None
+        layout.write(report, model_card(report, how), how, config, tokenizer)
+
+
+@dataclass
+class _Findings:
+    """What verification found."""
+
+    archive: tuple[Comparison, ...] = ()
+    generation: GenerationComparison | None = None
+    quality: Quality | None = None
+
+
+def _method(options: LlmOptions) -> Method | None:
+    """Before anything is loaded. Raises `T2NErrorInvalidArgument` for a registry or a key that is not there."""
+    registry = dynamic_load_registry(options.compression_registry)
+    if options.compression_method is None:
+        return None
+    if options.compression_method not in registry:
+        raise T2NErrorInvalidArgument(
+            f"no compression method {options.compression_method!r} in {options.compression_registry}; it has {', '.join(registry)}"
+        )
+    return registry[options.compression_method]
+
+
+def _modules(model: nn.Module) -> list[tuple[str, type[nn.Module]]]:
+    return [(name, type(module)) for name, module in model.named_modules()]
+
+
+def _extent(model: nn.Module) -> tuple[int, int]:
+    """Number of parameters, and the bytes they take; shared ones count once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(_nbytes(p) for p in parameters)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.packed_nbytes if isinstance(tensor, QTensor) else tensor.numel() * tensor.element_size()
+
+
+def _totals(rows: Sequence[TensorRow], model: nn.Module, original: Totals) -> Totals:
+    return replace(
+        Totals.of(rows), parameter_count=original.parameter_count,
+        parameter_bytes_before=original.parameter_bytes_before, parameter_bytes_after=_extent(model)[1],
+    )  # fmt: skip
