@@ -183,14 +183,13 @@ class Checkpoint:
         source = _source(self.gguf, self.trust_remote_code) | {"config": self.config, "weights_only": True}
         if self.gguf is None:
             source["use_safetensors"] = self.files[0].suffix == ".safetensors"
+        # What does not fit is left random then, and told below: transformers itself stops at none, or without a name.
+        how |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "local_files_only": True}
         with _told(f"load {self.name}"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.folder, output_loading_info=True, local_files_only=True, **source, **how
-            )
-        # transformers only warns, and leaves such weights random.
-        if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+            model, info = AutoModelForCausalLM.from_pretrained(self.folder, **source, **how)
+        if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
             raise T2NErrorRuntime(
-                f"{self.name} lacks {len(wrong)} weights of its model, or has them in other shapes: {_few(wrong)}"
+                f"{self.name} lacks {len(lacking)} weights of its model, or has them in other shapes: {_few(lacking)}"
             )
         if unused := sorted(info["unexpected_keys"]):
             LOGGER.warning("%d tensors of %s are not part of the model: %s", len(unused), self.name, _few(unused))
