@@ -18,6 +18,7 @@ from torch_to_nnef.exceptions import (
 )
 from torch_to_nnef.llm_tract.checkpoint import Checkpoint
 from torch_to_nnef.llm_tract.options import LlmOptions
+from torch_to_nnef.tensor.offload import OffloadedTensor
 
 IDS = torch.arange(5, 14)[None]
 
@@ -323,6 +324,13 @@ def test_weights_that_cannot_stay_on_disk_are_refused_there(adapted, pickled):
         find(local_dir=pickled).load(device_map="t2n_offload_disk")
     with pytest.raises(T2NErrorNotImplemented, match=r"cannot stay on disk.*adapter"):
         find(local_dir=adapted[0], merge_peft=True).load(device_map="t2n_offload_disk")
+
+
+def test_weights_stay_on_disk_if_asked_for(sharded, model):
+    loaded = find(local_dir=sharded).load(device_map="t2n_offload_disk")
+    assert isinstance(loaded.lm_head.weight, OffloadedTensor)
+    assert not loaded.training
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_auto_holds_in_memory_what_takes_half_of_it(single, monkeypatch):
