@@ -295,3 +295,15 @@ def test_a_method_is_described_by_its_docstring_and_what_it_binds():
     assert summary(Method()) == "An object."
     assert summary(lambda model: model) == ""
     assert listing({"a": method, "long": lambda model: model}) == "a     Do it.\nlong"
+
+
+def test_t2n_answers_quickly_too():
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom torch_to_nnef.cli.main import app\n"
+        "print(CliRunner().invoke(app, ['--help']).stdout, CliRunner().invoke(app, ['--version']).stdout)\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.startswith("Usage: t2n")
+    assert "tract 0." in answer.stdout
+    assert answer.stdout.endswith("[]\n")
