@@ -39,7 +39,6 @@ def options(folder, **changes):
 
 
 def fill(layout, tokenizer=None, runs=()):
-    layout.archive.parent.mkdir(exist_ok=True)
     layout.archive.write_bytes(b"archive")
     layout.write_tests(runs)
     layout.write(FakeReport(), "# Card", modes(SIGNATURE, **MODES), tiny_config(), tokenizer)
