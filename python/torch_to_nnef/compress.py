@@ -65,7 +65,10 @@ def quantize_weights_q40(
     method: str = "q40",
     **kw: Any,
 ) -> nn.Module:
-    """As `quantize_weights_min_max_Q4_0`, with the scale of least squared error in each group: the default method."""
+    """Quantize weights to Q40 with the scale of least squared error in each group of 32, in place; returns `model`.
+
+    The default method; otherwise as `quantize_weights_min_max_Q4_0`.
+    """
     return quantize_scale_search(model, to_quantize_module_classes, selection, progress, method)
 
 

@@ -1,5 +1,6 @@
 """A tiny random Llama with a tokenizer of its own, as a checkpoint in a folder: what tests of the command and of chat start from."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -50,3 +51,46 @@ def tiny_llama(folder: Path, model: LlamaForCausalLM | None = None, **how) -> Pa
     (model if model is not None else tiny_model()).save_pretrained(folder, **how)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def tiny_gguf(path: Path, model: LlamaForCausalLM | None = None) -> Path:
+    """The same as one GGUF file, its matrices in f16: as llama.cpp converts it, so queries and keys have their features interleaved."""
+    import gguf
+
+    model = model if model is not None else tiny_model()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config, tokenizer = model.config, json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
+    writer.add_token_list([token for token, _ in vocabulary])
+    kinds = gguf.TokenType
+    writer.add_token_types([kinds.CONTROL if token in SPECIAL else kinds.NORMAL for token, _ in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        values = tensor.float().numpy()
+        if (side := name.split(".")[-2]) in heads:
+            values = values.reshape(heads[side], 2, -1, config.hidden_size).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), values.astype("f2" if values.ndim > 1 else "f4"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -22,6 +22,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorRuntime,
 )
 from torch_to_nnef.llm_tract import hub
+from torch_to_nnef.llm_tract.streaming import load_offloaded
 from torch_to_nnef.log import LOGGER
 
 if TYPE_CHECKING:
@@ -148,13 +149,17 @@ class Checkpoint:
         cannot stay on disk, and what `files` and `dtype` raise.
         """
         dtype = self.dtype if dtype is None else dtype
+        how: dict[str, Any] = {
+            "dtype": dtype,
+            "attn_implementation": attention,
+            "trust_remote_code": self.trust_remote_code,
+        }
         if self._offloads(device_map, dtype):
-            from torch_to_nnef.llm_tract.streaming import load_offloaded
-
-            model: PreTrainedModel = load_offloaded(self.folder, self.config, dtype)
+            with _told(f"load {self.name}"):
+                model: PreTrainedModel = load_offloaded(self.folder, self.config, **how)
         else:
             device_map = "cpu" if device_map == "t2n_auto" else device_map
-            model = self._load_in_memory(dtype=dtype, device_map=device_map, attn_implementation=attention)
+            model = self._load_in_memory(device_map=device_map, **how)
         if self.adapter is not None:
             model = _merged(model, self.adapter)
         return model.requires_grad_(False).eval()
@@ -180,17 +185,15 @@ class Checkpoint:
     def _load_in_memory(self, **how: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
-        source = _source(self.gguf, self.trust_remote_code) | {"config": self.config, "weights_only": True}
-        if self.gguf is None:
-            source["use_safetensors"] = self.files[0].suffix == ".safetensors"
+        how |= {"config": self.config, "weights_only": True}
+        how |= {"gguf_file": self.gguf} if self.gguf else {"use_safetensors": self.files[0].suffix == ".safetensors"}
+        # What does not fit is left random then, and told below: transformers itself stops at none, or without a name.
+        how |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "local_files_only": True}
         with _told(f"load {self.name}"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.folder, output_loading_info=True, local_files_only=True, **source, **how
-            )
-        # transformers only warns, and leaves such weights random.
-        if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+            model, info = AutoModelForCausalLM.from_pretrained(self.folder, **how)
+        if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
             raise T2NErrorRuntime(
-                f"{self.name} lacks {len(wrong)} weights of its model, or has them in other shapes: {_few(wrong)}"
+                f"{self.name} lacks {len(lacking)} weights of its model, or has them in other shapes: {_few(lacking)}"
             )
         if unused := sorted(info["unexpected_keys"]):
             LOGGER.warning("%d tensors of %s are not part of the model: %s", len(unused), self.name, _few(unused))

@@ -26,7 +26,7 @@ def fetch(slug: str, patterns: Sequence[str]) -> Path:
     Raises `T2NErrorNotFoundFile` if the cache lacks them and the hub cannot be reached, or does not know or show `slug`.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         # At the root: folders of a repository hold the same weights for other programs.
@@ -42,7 +42,7 @@ def fetch(slug: str, patterns: Sequence[str]) -> Path:
             f"{slug} is not in the cache of the hub, and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set): "
             "fetch it on a machine that can, or pass a folder by -d"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise T2NErrorNotFoundFile(f"the hub gives no {slug}: {reason}") from error
 

@@ -134,7 +134,6 @@ class Layout:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Everything beside archive and tests. `modes`: as the function `modes` gives it."""
-        self.config.parent.mkdir(exist_ok=True)
         config.to_json_file(self.config)
         if tokenizer is not None:
             tokenizer.save_pretrained(self.tokenizer)
@@ -161,8 +160,8 @@ def replaced_folder(options: LlmOptions) -> Iterator[Layout]:
     path = options.export_dirpath.resolve()
     _check_place(path, options.ignore_already_exist_dir)
     with _parents(path), staged(path) as beside:
-        beside.mkdir()
         layout = Layout(beside, options.export_dir_struct)
+        layout.archive.parent.mkdir(parents=True)
         yield layout
         _check_place(path, options.ignore_already_exist_dir)
         _keep_others(path, layout)

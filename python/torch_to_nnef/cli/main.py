@@ -1,0 +1,35 @@
+"""`t2n`: a verb a module, each of which imports torch and transformers only when it runs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from torch_to_nnef._native import __version__, tract_version
+
+_VERBS = ("chat",)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"torch-to-nnef-native {__version__}, tract {tract_version}")
+        raise typer.Exit
+
+
+@app.callback()
+def t2n(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Say which.")
+    ] = False,
+) -> None:
+    """Quantize, export, verify and use models with tract."""
+
+
+for _verb in _VERBS:
+    if find_spec(_module := f"{__package__}.{_verb}"):
+        app.command(_verb)(getattr(import_module(_module), _verb))
