@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from torch_to_nnef.cli.outcome import outcome
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterator
 
     from torch_to_nnef.llm_tract.model import Answer, TractLLM
 
@@ -25,11 +26,17 @@ _CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr
 def chat(
     folder: Annotated[Path, typer.Argument(help="What t2n_export_llm_to_tract left, with its tokenizer (-dwtac).")],
     system: Annotated[str | None, typer.Option(help="A message to the model before all others.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time; 1: as the model says.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that hold this share together.")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: the likeliest token each time; 1: as the model says.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens that hold this share together.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of what is drawn; none: another one each time.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
-    threads: Annotated[int | None, typer.Option(min=1, help="That share the work; none: as many as there are cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="That share the work; none: as many as there are cores.")
+    ] = None,
 ) -> None:
     """Talk with an exported language model: its archive in tract, in this process, its tokenizer and its chat template.
 
@@ -58,7 +65,7 @@ class Conversation:
         self.model.reset()
         self._messages = [*self._system]
 
-    def answers(self, line: str) -> Iterator[str]:
+    def answers(self, line: str) -> Generator[str, None, None]:
         """Pieces of what the model says to `line`. What was said before an interrupt stays said; after an error nothing of it was."""
         asked = [*self._messages, {"role": "user", "content": line}]
         prompt = asked if self.model.tokenizer.chats else "\n".join(message["content"] for message in asked)
@@ -99,21 +106,20 @@ def _typed() -> Iterator[str]:
     """Lines from the terminal until its end, which is Ctrl-D."""
     import readline  # noqa: F401 (gives `input` a history)
 
-    while True:
-        try:
+    with suppress(EOFError):
+        while True:
             yield input("> ").strip()
-        except EOFError:
-            _note("")
-            return
+    _note("")
 
 
-def _print(pieces: Iterable[str]) -> None:
+def _print(pieces: Generator[str, None, None]) -> None:
     """Write an answer as it comes, without the space that many models begin it with, and end its line."""
     shown = False
-    for piece in pieces:
-        text = piece if shown else piece.lstrip()
-        shown = shown or bool(text)
-        print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
+    with closing(pieces):  # an interrupt ends the answer as well
+        for piece in pieces:
+            text = piece if shown else piece.lstrip()
+            shown = shown or bool(text)
+            print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
     print(flush=True)
 
 
@@ -124,4 +130,8 @@ def _outcome(answer: Answer) -> str:
 
 
 def _note(text: str) -> None:
-    print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else text, file=sys.stderr, flush=True)
+    print(
+        f"\033[2m{text}\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else text,
+        file=sys.stderr,
+        flush=True,
+    )

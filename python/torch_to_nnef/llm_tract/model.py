@@ -143,7 +143,7 @@ class TractLLM:
         """Logits [vocabulary] of what follows `ids`."""
         for at in range(0, len(ids), _CHUNK):
             chunk = ids[at : at + _CHUNK]
-            logits = self._steps.feed(chunk)[-1]
+            logits: NDArray[np.float32] = self._steps.feed(chunk)[-1]
             self._fed += chunk
         if not np.isfinite(logits.max()):
             raise T2NErrorRuntime(
@@ -168,7 +168,9 @@ def _modes(root: Path) -> dict[str, Any]:
         raise T2NErrorNotFoundFile(f"{str(root)!r} is no folder of an exported language model: it has no modes.json")
     modes = read_json(path)
     if modes.get("format") != 1:
-        raise T2NErrorInvalidArgument(f"{str(path)!r} is of format {modes.get('format')!r}: this version reads format 1")
+        raise T2NErrorInvalidArgument(
+            f"{str(path)!r} is of format {modes.get('format')!r}: this version reads format 1"
+        )
     return modes
 
 
@@ -209,6 +211,8 @@ def _until(pieces: Iterator[str], stops: Sequence[str], answer: Answer) -> Itera
             held = held[: min(found)]
             break
         begun = max(size for stop in stops for size in range(len(stop)) if held.endswith(stop[:size]))
-        yield held[: len(held) - begun]
+        if known := held[: len(held) - begun]:
+            yield known
         held = held[len(held) - begun :]
-    yield held
+    if held:
+        yield held
