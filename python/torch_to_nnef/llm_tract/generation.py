@@ -23,18 +23,17 @@ if TYPE_CHECKING:
 
 
 class TorchSteps:
-    """`Steps` of a model of transformers, or of a step made of one."""
+    """`Steps` of a model of transformers, or of a step made of one; `dtype` of its caches, if that is not the model's."""
 
-    def __init__(self, model: PreTrainedModel, signature: Signature) -> None:
+    def __init__(self, model: PreTrainedModel, signature: Signature, dtype: torch.dtype | None = None) -> None:
         self._signature = replace(signature, logits=0)
         self._step = as_step(model, self._signature)
-        self.dtype: torch.dtype = model.dtype
-        """Of the caches and logits."""
+        self._dtype: torch.dtype = dtype or model.dtype
         self.reset()
 
     def reset(self) -> None:
         """Forget what was fed."""
-        self._caches = self._signature.past(0, self.dtype)
+        self._caches = self._signature.past(0, self._dtype)
 
     def keep(self, count: int) -> None:
         """See `Steps.keep`."""
@@ -44,7 +43,8 @@ class TorchSteps:
     def feed(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
         """See `Steps.feed`; gives every position always."""
         logits, *self._caches = self._step(torch.tensor([ids]), *self._caches)
-        return logits[0].float().numpy()
+        rows: NDArray[np.float32] = logits[0].float().numpy()
+        return rows
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ class TractSteps:
             given["logits_to_keep"] = np.arange(0 if every else len(ids) - 1, len(ids))
         outputs = self._model.run(**given, **self._caches)
         self._caches = {name: outputs[name.replace(_IN, _OUT)] for name in self._caches}
-        return outputs["outputs"][0].astype(np.float32)
+        rows: NDArray[np.float32] = outputs["outputs"][0].astype(np.float32)
+        return rows
 
     def keep(self, count: int) -> None:
         """See `Steps.keep`."""
