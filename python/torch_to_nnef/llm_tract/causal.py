@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
-from torch_to_nnef.llm_tract.rotary import without_writes
-
 from torch_to_nnef.llm_tract.experts import capturable_experts
+from torch_to_nnef.llm_tract.rotary import without_writes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -76,9 +76,7 @@ class _Lowering:
         self.env: dict[str, Ref | Unavailable] = {}
         producers = {value.name: node for node in graph.nodes for value in node.outputs}
         results = frozenset(value.name for value in graph.outputs)
-        self.emitter = Emitter(
-            self.names.fresh, producers, graph.tensors.__getitem__, results
-        )
+        self.emitter = Emitter(self.names.fresh, producers, graph.tensors.__getitem__, results)
 
     def run(self, name: str) -> Lowered:
         inputs = []

@@ -95,7 +95,11 @@ class Emitter:
     def rows(self, weight: Ref, start: int, length: int, name: str) -> Ref:
         """Some rows of a weight, or of each matrix in a stack of them, stored on their own as `name`: tract cuts no packed weight."""
         tensor, stop = self._weights(weight.fqn or ""), start + length
-        part = tensor.rows(start, stop) if isinstance(tensor, QTensorTractScaleOnly) else tensor.detach()[..., start:stop, :]
+        part = (
+            tensor.rows(start, stop)
+            if isinstance(tensor, QTensorTractScaleOnly)
+            else tensor.detach()[..., start:stop, :]
+        )
         label = f"{weight.fqn}.{name}"
         ref = replace(weight, id=self._fresh(None, label), shape=tuple(part.shape))
         self.variables[ref.id] = Variable(ref.id, label, part)
