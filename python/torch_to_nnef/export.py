@@ -21,6 +21,7 @@ from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NError
 from torch_to_nnef.graph.axes import asserted
 from torch_to_nnef.graph.capture import Captured, capture, decompose, eval_mode
 from torch_to_nnef.graph.convert import name_symbols, to_graph
+from torch_to_nnef.graph.experts import warn_of_dense_experts
 from torch_to_nnef.graph.inputs import Args, Inputs, check_names, prepare
 from torch_to_nnef.graph.ir import Graph
 from torch_to_nnef.graph.torchscript import eager
@@ -183,6 +184,7 @@ def captured_graph(model: nn.Module, inputs: Inputs) -> tuple[Captured, Graph]:
         tried.update(new)
         captured = decompose(captured, new)
         graph = to_graph(captured)
+    warn_of_dense_experts(graph)
     return captured, graph
 
 

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import gelu, linear, relu, silu
 
 from torch_to_nnef.graph.fold import IDENTITIES, live
 from torch_to_nnef.graph.ir import Graph, Node, Shape, Value
+from torch_to_nnef.log import LOGGER
 from torch_to_nnef.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
 # Activations of tract_moe_ffn, by its names.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
+    "silu": silu,
+    "gelu": partial(gelu, approximate="tanh"),
+    "relu": relu,
 }
 
 torch.library.define(
@@ -48,8 +49,8 @@ def _compute(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: T
     result = torch.zeros_like(x)
     for expert in range(len(gate_up)):
         rows, place = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[rows], gate_up[expert]).chunk(2, -1)
-        y = F.linear(ACTIVATIONS[activation](gate) * up, down[expert]) * shares[rows, place, None]
+        gate, up = linear(x[rows], gate_up[expert]).chunk(2, -1)
+        y = linear(ACTIVATIONS[activation](gate) * up, down[expert]) * shares[rows, place, None]
         result.index_add_(0, rows, y.to(x.dtype))
     return result
 
@@ -85,6 +86,16 @@ def join_routers(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(live(nodes, graph.outputs)))
 
 
+def warn_of_dense_experts(graph: Graph) -> None:
+    """Say that mixtures of experts with a router that tract does not have take more time."""
+    paths = [node.module_path for node in graph.nodes if node.target is experts]
+    if paths:
+        LOGGER.warning(
+            "tract has no router like that of %s%s: the archive computes every expert for each token",
+            paths[0], f" and {len(paths) - 1} more" if len(paths) > 1 else "",
+        )  # fmt: skip
+
+
 class _Reader:
     def __init__(self, graph: Graph) -> None:
         self.weights = graph.weights
@@ -95,14 +106,14 @@ class _Reader:
         x, chosen, shares, gate_up, down, activation = node.args
         path, topk, logits = self._path(shares)
         gate = _GATES.get(path)
-        linear = self._maker(logits)
-        if gate is None or topk is None or linear is None or linear.target is not aten.linear.default:
+        product = self._maker(logits)
+        if gate is None or topk is None or product is None or product.target is not aten.linear.default:
             return node
-        router = self._same(linear.args[1])
+        router = self._same(product.args[1])
         if (
             self._same(chosen) != topk.outputs[1]
-            or self._rows(linear.args[0]) != self._rows(x)
-            or len(linear.args) > 2
+            or self._rows(product.args[0]) != self._rows(x)
+            or len(product.args) > 2
             or router.name not in self.weights
         ):
             return node
@@ -153,7 +164,7 @@ class _Reader:
     def _before(self, value: Value, moves: frozenset[OpOverload]) -> Value:
         while (node := self.makers.get(value.name)) is not None and node.target in moves:
             source: Value = node.args[0]
-            if not source.dtype.is_floating_point == value.dtype.is_floating_point:
+            if source.dtype.is_floating_point != value.dtype.is_floating_point:
                 break
             value = source
         return value

@@ -35,13 +35,13 @@ def capturable_experts(model: nn.Module) -> Iterator[None]:
 
 
 def _form(module: Any) -> Callable[..., Tensor]:
-    from transformers.integrations.moe import _default_apply_gate, batched_mm_experts_forward
+    from transformers.integrations.moe import batched_mm_experts_forward
 
     plain = (
         module.has_gate
-        and module.is_concatenated
+        and getattr(module, "is_concatenated", True)
         and not (module.is_transposed or module.has_bias or getattr(module, "has_post_expert_norm", False))
-        and type(module)._apply_gate is _default_apply_gate
+        and type(module)._apply_gate.__name__ == "_default_apply_gate"
         and type(module.act_fn).__name__ in _ACTIVATIONS
     )
     return _one_operator if plain else batched_mm_experts_forward

@@ -30,7 +30,15 @@ def _einsum(statement: Statement, weight: Ref) -> str | None:
     """
     if _refs(statement)[0].id != weight.id:
         return "the packed operand of an einsum must be its first"
+    if _row_fault(weight):
+        return _row_fault(weight)
     return _summed_axis(str(_attr(statement, "expr")))
+
+
+def _row_fault(weight: Ref) -> str | None:
+    """In a stack of matrices groups must not cross rows: tract cuts it into its matrices."""
+    width = weight.shape[-1]
+    return None if isinstance(width, int) and width % 32 == 0 else f"rows of {width} elements are no multiple of 32"
 
 
 def _summed_axis(expr: str) -> str | None:
@@ -83,6 +91,8 @@ def _experts(statement: Statement, weight: Ref) -> str | None:
     """Three stacks of matrices, all with K last."""
     if weight.id in {ref.id for ref in (statement.args[0], statement.args[1])}:
         return "only the experts may be packed, not their router"
+    if _row_fault(weight):
+        return _row_fault(weight)
     return None if _attr(statement, "expert_layout") == "linear" else "packed experts must have the layout `linear`"
 
 

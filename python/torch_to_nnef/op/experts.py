@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from torch_to_nnef.graph.experts import experts, routed_experts
-from torch_to_nnef.log import LOGGER
 from torch_to_nnef.op.activation import gelu
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.product import total_over
@@ -28,10 +29,6 @@ def routed(e: Emitter, x: Ref, router: Ref, gate_up: Ref, down: Ref, k: int, gat
 def dense(e: Emitter, x: Ref, chosen: Ref, shares: Ref, gate_up: Ref, down: Ref, activation: str) -> Ref:
     """Every expert on every token, weighted with what the router gave it: zero, mostly."""
     count, features, width = down.shape
-    LOGGER.warning(
-        "%s: tract has no router like this one, so the archive computes all %s experts for each token",
-        e.node.where(), count,
-    )  # fmt: skip
     tokens, single = x.shape[0], torch.float32
     both = _each(e, "enk,tk->etn", gate_up, e.beside(gate_up, e.cast(x, single)), (count, tokens, 2 * width))
     gate, up = (e.slice(both, 2, start, width) for start in (0, width))
@@ -50,7 +47,7 @@ def _each(e: Emitter, expr: str, a: Ref, b: Ref, out: tuple[object, ...]) -> Ref
     return e.op("tract_core_einsum", [a, b], out=out, dtype=torch.float32, expr=expr, acc="f32")
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: Mapping[str, Callable[[Emitter, Ref], Ref]] = {
     "silu": lambda e, x: e.op("tract_core_silu", x),
     "relu": lambda e, x: e.op("relu", x),
     "gelu": lambda e, x: gelu(e, x, "tanh"),
