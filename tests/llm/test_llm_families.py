@@ -27,7 +27,7 @@ GROUPED = SIZES | {"num_key_value_heads": 2}
 # As in the released configs, in proportion: (name of a Config class, values).
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8, "short_factor": [1.0] * 6}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4, "short_factor": [1.0] * 6}
 FAMILIES = {
     "llama": ("Llama", GROUPED),
     "llama3 rotary, biases": (
@@ -48,47 +48,59 @@ FAMILIES = {
     "phi3 (fused qkv, partial rotary)": ("Phi3", GROUPED | {"partial_rotary_factor": 0.75}),
     "phi3, longrope": (
         "Phi3",
-        GROUPED | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 8}
+        GROUPED
+        | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 4}
         | {"rope_parameters": LONG | {"long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 8.0], "partial_rotary_factor": 0.75}},
     ),
     "gemma": ("Gemma", GROUPED | {"head_dim": 16}),
     "gemma2 (soft caps)": (
         "Gemma2",
-        GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
+        GROUPED
+        | {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
         | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
     "gemma3 (two rotaries, qk norm)": (
         "Gemma3Text",
-        GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
+        GROUPED
+        | {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
         | {"layer_types": ["sliding_attention", "full_attention"]},
     ),
-    "gpt2 (Conv1D)": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}),
+    "gpt2 (Conv1D)": (
+        "GPT2",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
+    ),
     "gpt-neox (parallel, partial rotary)": ("GPTNeoX", SIZES | {"rotary_pct": 0.25}),
     "gpt-neox, sequential": ("GPTNeoX", SIZES | {"use_parallel_residual": False}),
     "olmo (norm without weights, clipped)": ("Olmo", GROUPED | {"clip_qkv": 1.0}),
     "olmo2 (norms after)": ("Olmo2", GROUPED),
     "granite (multipliers)": (
         "Granite",
-        GROUPED | {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22}
+        GROUPED
+        | {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22}
         | {"attention_multiplier": 0.1},
     ),
     "stablelm (partial rotary)": ("StableLm", GROUPED | {"partial_rotary_factor": 0.25, "use_qkv_bias": True}),
-    "stablelm, qk norm, parallel": (
-        "StableLm", GROUPED | {"qk_layernorm": True, "use_parallel_residual": True}
-    ),
+    "stablelm, qk norm, parallel": ("StableLm", GROUPED | {"qk_layernorm": True, "use_parallel_residual": True}),
     "phi (phi-2)": ("Phi", SIZES | {"partial_rotary_factor": 0.5}),
     "falcon (multi-query)": ("Falcon", SIZES | {"new_decoder_architecture": False, "multi_query": True}),
     "falcon, new": ("Falcon", SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon, alibi": ("Falcon", SIZES | {"alibi": True, "multi_query": False}),
     "starcoder2": ("Starcoder2", GROUPED | {"sliding_window": 4}),
     "cohere": ("Cohere", GROUPED | {"use_qk_norm": True}),
     "cohere2": ("Cohere2", GROUPED | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gptj": ("GPTJ", {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 8}),
+    "gptj": (
+        "GPTJ",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 8},
+    ),
     "opt": ("OPT", SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1}),
     "bloom (alibi)": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
-    "mpt (alibi)": ("Mpt", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT}),
-    "gpt-bigcode": ("GPTBigCode", {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}),
-    "gpt-neo": ("GPTNeo", SIZES | {"num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    "gpt-bigcode": (
+        "GPTBigCode",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
+    ),
+    "gpt-neo": (
+        "GPTNeo",
+        SIZES | {"num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+    ),
     "glm4": ("Glm4", GROUPED | {"head_dim": 16}),
     "exaone4": ("Exaone4", GROUPED | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     "helium": ("Helium", GROUPED | {"head_dim": 16}),
@@ -98,10 +110,14 @@ FAMILIES = {
     "olmo3": ("Olmo3", GROUPED | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     "deepseek-v3 (latent keys), dense": (
         "DeepseekV3",
-        SIZES | {"num_key_value_heads": 4, "first_k_dense_replace": 2, "kv_lora_rank": 32, "q_lora_rank": 32}
+        SIZES
+        | {"num_key_value_heads": 4, "first_k_dense_replace": 2, "kv_lora_rank": 32, "q_lora_rank": 32}
         | {"qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16},
     ),
-    "codegen": ("CodeGen", {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 8}),
+    "codegen": (
+        "CodeGen",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 8},
+    ),
 }
 
 
