@@ -41,7 +41,8 @@ def resized_input_sets(
 
     `dynamic_axes[i]` maps axes of `inputs[i]` to symbols, or sums of multiples of them; negative axes count from the end. Every symbol
     takes size 1, one more than traced and about twice that, in different combinations, always equal on all axes that carry it.
-    A symbol asserted to be 0 or more also takes 0, alone. All sizes are as `asserted`, and so must the samples be. `assumed` is what the capture supposes, and may be wrong in or torch refuse:
+    A symbol asserted to be 0 or more also takes 0, alone.
+    All sizes are as `asserted`, and so must the samples be. `assumed` is what the capture supposes, and may be wrong in or torch refuse:
     there are further combinations that keep it if few of the usual do, and some that do not.
     Values are repeated cyclically along a grown axis and cut along a shrunk one, so ids and masks stay legal.
     Raises `T2NErrorDynamicShapeValue` for an axis out of range, a symbol traced at two sizes, samples that are not as asserted, or if no
