@@ -1,12 +1,16 @@
 """Families of causal language models, from small random configs: captured, exported, and run in tract against transformers."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
-from torch_to_nnef import quantize_and_verify
-from torch_to_nnef.llm_tract.causal import as_step
-from torch_to_nnef.llm_tract.families import attention_of, step_signature
+from torch_to_nnef import TractNNEF, export_model_to_nnef, quantize_and_verify
+from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
+from torch_to_nnef.llm_tract.causal import as_step, cache_argument
+from torch_to_nnef.llm_tract.families import attention_of, context_of, step_signature
 from torch_to_nnef.tract_model import TractModel
 
 VOCABULARY, CONTEXT = 96, 64
@@ -22,10 +26,10 @@ SIZES = {
     "eos_token_id": None,
 }
 GROUPED = SIZES | {"num_key_value_heads": 2}
-# As in the released configs, in proportion: (name of a Config class, values).
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8, "short_factor": [1.0] * 6}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4, "short_factor": [1.0] * 6}
+# name -> (Config class, values): the released models in small.
 FAMILIES = {
     "llama": ("Llama", GROUPED),
     "llama3 rotary, biases": (
@@ -35,10 +39,10 @@ FAMILIES = {
         | {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}},
     ),
     "smollm (tied)": ("Llama", GROUPED | {"tie_word_embeddings": True}),
-    "smollm3 (NoPE)": ("SmolLM3", GROUPED | {"no_rope_layers": [1, 0]}),
+    "smollm3 (layers without positions)": ("SmolLM3", GROUPED | {"no_rope_layers": [1, 0]}),
     "mistral (window)": ("Mistral", GROUPED | {"sliding_window": 4, "head_dim": 24}),
     "qwen2 (biases)": ("Qwen2", GROUPED),
-    "qwen2, yarn, window": (
+    "qwen2, yarn, window in some layers": (
         "Qwen2",
         GROUPED | {"rope_parameters": YARN, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
@@ -47,7 +51,7 @@ FAMILIES = {
     "phi3, longrope": (
         "Phi3",
         GROUPED
-        | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 8}
+        | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 4}
         | {"rope_parameters": LONG | {"long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 8.0], "partial_rotary_factor": 0.75}},
     ),
     "gemma": ("Gemma", GROUPED | {"head_dim": 16}),
@@ -82,7 +86,6 @@ FAMILIES = {
     "phi (phi-2)": ("Phi", SIZES | {"partial_rotary_factor": 0.5}),
     "falcon (multi-query)": ("Falcon", SIZES | {"new_decoder_architecture": False, "multi_query": True}),
     "falcon, new": ("Falcon", SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon, alibi": ("Falcon", SIZES | {"alibi": True, "multi_query": False}),
     "starcoder2": ("Starcoder2", GROUPED | {"sliding_window": 4}),
     "cohere": ("Cohere", GROUPED | {"use_qk_norm": True}),
     "cohere2": ("Cohere2", GROUPED | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
@@ -92,10 +95,6 @@ FAMILIES = {
     ),
     "opt": ("OPT", SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1}),
     "bloom (alibi)": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
-    "mpt (alibi)": (
-        "Mpt",
-        {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
-    ),
     "gpt-bigcode": (
         "GPTBigCode",
         {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
@@ -124,9 +123,32 @@ FAMILIES = {
 }
 
 
-def config_of(name):
+# Run in Q40 every day: each has a part that no other one has. The rest, and all in f32, are slow.
+EVERY_DAY = {
+    "smollm3 (layers without positions)",
+    "mistral (window)",
+    "qwen2, yarn, window in some layers",
+    "qwen3 (qk norm)",
+    "phi3, longrope",
+    "gemma2 (soft caps)",
+    "gemma3 (two rotaries, qk norm)",
+    "gpt2 (Conv1D)",
+    "gpt-neox (parallel, partial rotary)",
+    "olmo (norm without weights, clipped)",
+    "granite (multipliers)",
+    "stablelm, qk norm, parallel",
+}
+Q40 = "min_max_q4_0_all"
+CASES = [
+    pytest.param(name, method, marks=() if method and name in EVERY_DAY else pytest.mark.slow)
+    for name in FAMILIES
+    for method in (None, Q40)
+]
+
+
+def config_of(name, **more):
     kind, values = FAMILIES[name]
-    return getattr(transformers, f"{kind}Config")(**values)
+    return getattr(transformers, f"{kind}Config")(**values | more)
 
 
 def model_of(config):
@@ -139,32 +161,33 @@ def model_of(config):
     return model
 
 
-def full(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
+@torch.no_grad()
+def of_whole_text(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
 
 
 def close(actual, expected):
+    # Logits are of the order of 1 to 10, caches of 1; both sides add up the same f32 products in another order.
     torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_step_is_the_whole_text(name, tmp_path):
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_steps_are_those_of_torch_and_add_up_to_the_whole_text(name, method, tmp_path):
     config = config_of(name)
     model, signature = model_of(config), step_signature(config)
-    step = as_step(model, signature)
-    archive = tmp_path / "m.nnef"
-    quantize_and_verify(
+    step, archive = as_step(model, signature), tmp_path / "m.nnef"
+    report = quantize_and_verify(
         step,
         signature.sample(VOCABULARY, torch.float32),
         archive,
-        method=None,
+        method=method,
         input_names=signature.input_names,
         output_names=signature.output_names,
         dynamic_axes=signature.dynamic_axes,
+        inplace=method is not None,  # so the model is quantized as the archive is
     )
-    tract = TractModel.load(archive)
-    random = torch.Generator().manual_seed(1)
+    assert bool(report.rows) == (method is not None)
+    tract, random = TractModel.load(archive), torch.Generator().manual_seed(1)
     for new, past in ((1, 0), (5, 0), (1, 9), (3, 2)):
         inputs = [torch.randint(VOCABULARY, (1, new), generator=random), *signature.past(past, torch.float32, random)]
         with torch.no_grad():
@@ -172,8 +195,163 @@ def test_a_step_is_the_whole_text(name, tmp_path):
         for actual, want in zip(tract.run(*inputs).values(), expected, strict=True):
             close(actual, want)
     ids = torch.randint(VOCABULARY, (1, 9), generator=random)
-    expected = full(model, ids)
+    expected = of_whole_text(model, ids)
     caches = signature.past(0, torch.float32)
     for begin, end in ((0, 6), (6, 7), (7, 8), (8, 9)):
         logits, *caches = tract.run(ids[:, begin:end], *caches).values()
         close(logits[:, -1], expected[:, end - 1])
+
+
+def test_a_part_of_a_formula_that_torch_leaves_out_is_not_left_out():
+    config = config_of("gemma2 (soft caps)")
+    assert attention_of(config) == "eager"
+    capped, config.attn_logit_softcapping = model_of(config), None
+    assert attention_of(config) is None
+    ids = torch.arange(9)[None]
+    assert not torch.allclose(of_whole_text(capped, ids), of_whole_text(model_of(config), ids), rtol=1e-2, atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return model_of(config_of("llama"))
+
+
+@pytest.mark.parametrize("logits", [0, 1, 3, None])
+@pytest.mark.parametrize("slices", [True, False])
+def test_logits_of_the_positions_asked_for(llama, logits, slices, monkeypatch):
+    whole = of_whole_text(llama, ids := torch.arange(5)[None])
+    if not slices:  # a forward without that argument
+        kind, forward, given = type(llama), type(llama).forward, cache_argument(type(llama))
+
+        def older(self, input_ids, cache, use_cache, return_dict):
+            return forward(self, input_ids=input_ids, **{given: cache}, use_cache=use_cache)
+
+        monkeypatch.setattr(kind, "forward", older)
+    signature = step_signature(llama.config, logits)
+    chosen = [torch.tensor([1, 3])] if logits is None else []
+    with torch.no_grad():
+        actual, *caches = as_step(llama, signature)(ids, *chosen, *signature.past(0, torch.float32))
+    assert len(caches) == 4
+    close(actual, whole[:, [1, 3]] if logits is None else whole[:, -logits:])
+
+
+def test_positions_as_an_input_in_tract(llama, tmp_path):
+    signature = step_signature(llama.config, None)
+    exported(as_step(llama, signature), signature, tmp_path)
+    positions, ids = torch.tensor([4, 0, 2]), torch.arange(5)[None]
+    actual = TractModel.load(tmp_path / "m.nnef").run(ids, positions, *signature.past(0, torch.float32))
+    close(actual["outputs"], of_whole_text(llama, ids)[:, positions])
+
+
+def exported(step, signature, folder):
+    return export_model_to_nnef(
+        step,
+        signature.sample(VOCABULARY, torch.float32),
+        folder / "m.nnef",
+        TractNNEF.latest(dynamic_axes=signature.dynamic_axes),
+        input_names=signature.input_names,
+        output_names=signature.output_names,
+        custom_extensions=signature.extensions,
+        compression_level=None,
+    )
+
+
+def test_an_archive_holds_its_sizes(llama, tmp_path):
+    signature = step_signature(llama.config, 2)
+    tract = TractModel.load(exported(as_step(llama, signature), signature, tmp_path))
+    ids = torch.arange(CONTEXT)[None]
+
+    def run(new, past):
+        return tract.run(ids[:, :new], *signature.past(past, torch.float32))["outputs"].shape
+
+    assert run(2, 0) == run(CONTEXT, 0) == run(2, CONTEXT - 2) == (1, 2, VOCABULARY)
+    for new, past in ((1, 5), (0, 5), (CONTEXT, 1), (2, CONTEXT - 1)):
+        with pytest.raises(T2NErrorInvalidArgument, match=r"S >= 2|S\+P <= 64"):
+            run(new, past)
+
+
+def test_a_model_that_turns_a_size_into_a_number_is_refused(llama, tmp_path):
+    signature, step = step_signature(llama.config), as_step(llama, step_signature(llama.config))
+
+    class Burns(type(step)):
+        def forward(self, ids, *caches):
+            logits, *after = super().forward(ids, *caches)
+            return [logits + int(caches[0].shape[2]), *after]
+
+    step.__class__ = Burns
+    with pytest.raises(T2NErrorDynamicShapeValue, match=r"'P'.* became 3"):
+        exported(step, signature, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -- what a config says
+
+
+def test_signatures():
+    assert step_signature(config_of("llama")).layers == ((2, 16, 16),) * 2
+    assert step_signature(config_of("gemma3 (two rotaries, qk norm)")).layers == ((2, 16, 16),) * 2
+    assert step_signature(config_of("falcon (multi-query)")).layers == ((1, 16, 16),) * 2
+    assert step_signature(config_of("deepseek-v3 (latent keys), dense")).layers[0] in ((1, 32, 8), (4, 24, 16))
+
+
+def test_no_weight_is_made_for_a_signature():
+    """A model of 400 billion parameters."""
+    sizes = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 8}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=126, max_position_embeddings=131072)
+    assert step_signature(config).layers == ((8, 128, 128),) * 126
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "context"),
+    [
+        ("llama", {}, CONTEXT),
+        ("llama3 rotary, biases", {}, CONTEXT),
+        ("qwen2, yarn, window in some layers", {"max_position_embeddings": 16}, CONTEXT),
+        ("qwen2, yarn, window in some layers", {"max_position_embeddings": 100}, 100),
+        ("phi3, longrope", {}, CONTEXT),
+        ("gemma3 (two rotaries, qk norm)", {}, CONTEXT),
+        ("gpt2 (Conv1D)", {}, CONTEXT),
+        ("bloom (alibi)", {}, None),
+    ],
+)
+def test_contexts(name, changes, context):
+    assert context_of(config_of(name, **changes)) == context
+
+
+REFUSED = {
+    "mamba": ("Mamba", {}, "LinearAttentionLayer"),
+    "mamba2": ("Mamba2", {}, "LinearAttentionLayer"),
+    "bamba": ("Bamba", {}, "LinearAttentionLayer"),
+    "recurrent_gemma": ("RecurrentGemma", {}, "LinearAttentionLayer"),
+    "qwen3_next": ("Qwen3Next", {}, "LinearAttentionLayer"),
+    "rwkv": ("Rwkv", {"num_hidden_layers": 2}, "no cache of keys and values"),
+    "gemma3n_text": ("Gemma3nText", {}, "DummyLayer"),
+    "t5gemma": ("T5Gemma", {}, "decoder-only"),
+    "bart": ("Bart", {}, "decoder-only"),
+    "bert": ("Bert", {}, "is_decoder"),
+    "llava": ("Llava", {}, "save the language model"),
+    "mpt": ("Mpt", {}, "attention bias"),
+    "falcon": ("Falcon", {"alibi": True}, "bf16"),
+    "llama": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "dynamic rotary",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_by_name_from_the_config_alone(family):
+    kind, values, why = REFUSED[family]
+    config = getattr(transformers, f"{kind}Config")(**values)
+    with pytest.raises(T2NErrorNotImplemented, match=why) as refused:
+        step_signature(config)
+    assert str(refused.value).lower().startswith((family, kind.lower()))
+    assert len(str(refused.value)) < 400
+
+
+def test_the_documented_families_are_those_tested():
+    page = (Path(__file__).parents[2] / "docs" / "llm_families.md").read_text()
+    tested, refused = page.split("## Refused")
+    assert set(re.findall(r"^\| `(.+?)` \|", tested, re.M)) == set(FAMILIES)
+    assert set(re.findall(r"^\| `(.+?)` \|", refused, re.M)) == set(REFUSED)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue
-from torch_to_nnef.graph.axes import Condition
+from torch_to_nnef.graph.axes import Condition, asserted
 from torch_to_nnef.verify.resize import other_sizes, resized_input_sets
 
 
@@ -94,8 +94,8 @@ def test_an_axis_of_two_names():
     assert resized_input_sets([torch.zeros(2, 3)], [{1: "B", -1: "B"}])[0].sizes == {"B": 3}
 
 
-def sizes_tried(size, asserted=(), assumed=(), axis="S"):
-    _, *others = resized_input_sets([torch.zeros(size)], [{0: axis}], asserted, assumed)
+def sizes_tried(size, conditions=(), assumed=(), axis="S"):
+    _, *others = resized_input_sets([torch.zeros(size)], [{0: axis}], conditions, assumed)
     return others
 
 
@@ -113,10 +113,16 @@ def test_sums_follow_their_parts():
 
 
 def test_no_size_is_tried_that_is_asserted_not_to_be():
-    asserted = [condition("S > 5", lambda s: s > 5), condition("S <= 9", lambda s: s <= 9)]
-    others = sizes_tried(8, asserted)
+    others = sizes_tried(8, [condition("S > 5", lambda s: s > 5), condition("S <= 9", lambda s: s <= 9)])
     assert sorted(inputs.sizes["S"] for inputs in others) == [6, 7, 9]
     assert [inputs.outside for inputs in others] == [(), (), ()]
+
+
+def test_nothing_is_tried_where_it_is_asserted_to_be_legal():
+    assert [inputs.sizes["S"] for inputs in sizes_tried(8, asserted(["tract_assert S >= 0"]))] == [1, 9, 16, 0]
+    assert [inputs.sizes["S"] for inputs in sizes_tried(8, asserted(["tract_assert S >= 1"]))] == [1, 9, 16]
+    past = resized_input_sets([torch.zeros(3, 4)], [{0: "S", 1: "P"}], asserted(["tract_assert P >= 0"]))[-1]
+    assert (past.sizes, past.tensors[0].shape) == ({"S": 3, "P": 0}, (3, 0))
 
 
 def test_sizes_that_torch_may_take_are_tried_beside_the_usual():

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 # Rotary tables that reach `factor` times the context of their training; of other kinds max_position_embeddings is the whole.
 _STRETCHED = ("yarn", "longrope")
+# model_type -> an option of its config, and why a model with it is refused.
+_REFUSED_OPTIONS = {
+    "falcon": ("alibi", "it computes alibi in bf16, which tract has not"),
+    "mpt": ("attn_config", "it cuts its attention bias at a place that tract cannot compute from sizes"),
+}
+_OTHER = "export a model of another family"
 _OWN_FORWARD = "give export_model_to_nnef a module whose forward takes and returns that state as tensors"
 
 
@@ -59,7 +65,13 @@ def _refuse_by_config(config: PreTrainedConfig) -> None:
         raise _refusal(config, "an encoder-decoder needs more than one archive", "export a decoder-only model")
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise _refusal(config, "in an encoder tokens see later ones", "export a decoder (is_decoder in its config)")
-    if any("dynamic" in (rope.get("rope_type") or "") for rope in _ropes(config)):
+    option, why = _REFUSED_OPTIONS.get(config.model_type, ("", ""))
+    if option and getattr(config, option):
+        raise _refusal(config, why, _OTHER)
+    ropes = _ropes(config)
+    if len(ropes) > 1 and any(rope.get("rope_type") == "longrope" for rope in ropes):
+        raise _refusal(config, "one of several rotary embeddings is longrope", _OTHER)
+    if any("dynamic" in (rope.get("rope_type") or "") for rope in ropes):
         what = "a dynamic rotary embedding changes with the length of the text, and the keys in the cache do not"
         raise _refusal(config, what, 'set its rope_type to "default" for the trained context, or to "yarn"')
 
@@ -86,8 +98,13 @@ def _bare_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrained
             config, attn_implementation=attention_of(config), trust_remote_code=trust_remote_code
         )
     except Exception as error:
-        what = f"transformers makes no causal language model of this config ({error})"
-        raise _refusal(config, what, "see whether AutoModelForCausalLM loads it") from error
+        what = f"transformers makes no causal language model of this config ({_first_line(error)})"
+        instead = (
+            "save the language model in it alone"
+            if _text(config) is not config
+            else "AutoModelForCausalLM has to load it"
+        )
+        raise _refusal(config, what, instead) from error
     model.train(False)
     return model
 
@@ -101,7 +118,7 @@ def _filled_cache(model: PreTrainedModel) -> Cache:
     try:
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), **options)
     except Exception as error:
-        what = f"its forward fails on tokens and a cache alone ({error})"
+        what = f"its forward fails on tokens and a cache alone ({_first_line(error)})"
         raise _refusal(model.config, what, _OWN_FORWARD) from error
     return cache
 
@@ -128,6 +145,10 @@ def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """Parameters of rotary tables: of the only one, or of one for each type of layer."""
     rope = getattr(_text(config), "rope_parameters", None) or {}
     return [value for value in rope.values() if isinstance(value, dict)] or [rope]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _refusal(config: PreTrainedConfig, what: str, instead: str) -> T2NErrorNotImplemented:

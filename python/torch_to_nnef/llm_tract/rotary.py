@@ -11,7 +11,10 @@ from torch import nn
 
 
 def without_writes(model: nn.Module) -> None:
-    """Put a functional stand-in where `model` has a longrope embedding, in copies of the modules above it: others who share them see none."""
+    """Put a functional stand-in where `model` has a longrope embedding.
+
+    The modules between are copied, so that others who share them see nothing of it.
+    """
     for name, module in [*model.named_modules()]:
         if getattr(module, "rope_type", None) == "longrope":
             _put(model, name.split("."), _functional(module))

@@ -41,6 +41,7 @@ def resized_input_sets(
 
     `dynamic_axes[i]` maps axes of `inputs[i]` to symbols, or sums of multiples of them; negative axes count from the end. Every symbol
     takes size 1, one more than traced and about twice that, in different combinations, always equal on all axes that carry it.
+    A symbol asserted to be 0 or more also takes 0, alone.
     All sizes are as `asserted`, and so must the samples be. `assumed` is what the capture supposes, and may be wrong in or torch refuse:
     there are further combinations that keep it if few of the usual do, and some that do not.
     Values are repeated cyclically along a grown axis and cut along a shrunk one, so ids and masks stay legal.
@@ -83,9 +84,16 @@ def _combinations(
     if not chosen:
         texts = ", ".join(condition.text for condition in asserted)
         raise T2NErrorDynamicShapeValue(f"no size but that of the samples, {_shown(traced)}, is as asserted: {texts}")
+    empty = ({**traced, s: 0} for s in traced if any(_from_zero(condition, s, traced) for condition in asserted))
+    chosen += [sizes for sizes in empty if possible(sizes) and sizes not in chosen]
     doubts = (c for c in (*assumed, *unequal) if all(map(c.holds, chosen)))
     breaking = (next((s for s in _near(c, traced) if possible(s) and not c.holds(s)), None) for c in doubts)
     return chosen + list(islice((sizes for sizes in breaking if sizes and sizes not in chosen), _DOUBTED))
+
+
+def _from_zero(condition: Condition, symbol: str, traced: Mapping[str, int]) -> bool:
+    """Whether `condition` says `symbol >= 0`, and so that nothing at all is legal."""
+    return condition.holds({**traced, symbol: 0}) and not condition.holds({**traced, symbol: -1})
 
 
 def _near(condition: Condition, traced: Mapping[str, int]) -> Iterator[dict[str, int]]:
