@@ -41,8 +41,10 @@ fn run(model: &Model, rows: usize) -> Vec<f32> {
 #[test]
 fn the_version_is_the_one_pinned() {
     let manifest = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).unwrap();
-    for tract in ["tract-core", "tract-linalg", "tract-nnef"] {
-        assert!(manifest.contains(&format!("{tract} = \"={TRACT_VERSION}\"")), "{tract}");
+    let pinned = manifest.lines().filter(|line| line.starts_with("tract-")).collect::<Vec<_>>();
+    assert_eq!(pinned.len(), 4);
+    for line in pinned {
+        assert!(line.contains(&format!("\"={TRACT_VERSION}\"")), "{line}");
     }
 }
 
@@ -105,8 +107,8 @@ fn a_session_goes_on_from_its_last_run() {
 }
 
 #[test]
-fn a_session_carries_what_exists_and_fits() {
-    for (input, output) in [("none", "all"), ("past", "none"), ("past", "total")] {
+fn a_session_carries_what_exists() {
+    for (input, output) in [("none", "all"), ("past", "none")] {
         let made = Session::new(remembering(), &[(input.to_owned(), output.to_owned())]);
         assert!(matches!(made, Err(Error::InvalidArgument(_))), "{input} {output}");
     }
