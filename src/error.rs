@@ -11,6 +11,9 @@ pub enum Error {
     /// A value the caller gave is outside what the function accepts.
     #[error("{0}")]
     InvalidArgument(String),
+    /// An object used against its contract.
+    #[error("{0}")]
+    Misuse(String),
     /// A tensor that Q40 cannot hold: shape, non-finite value, or scale beyond f16.
     #[error("{0}")]
     ImpossibleQuantization(String),

@@ -4,6 +4,7 @@
 //! cannot be caught (stack overflow, abort) is refused beforehand by [`preflight`].
 
 mod inputs;
+mod session;
 mod weights;
 
 use std::any::Any;
@@ -15,16 +16,20 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use rayon::ThreadPoolBuilder;
 use tract_core::model::TRACT_NAME;
+use tract_core::runtime::RunOptions;
+use tract_linalg::multithread::Executor;
 use tract_nnef::ast::{LValue, ProtoModel};
 use tract_nnef::internal::{
-    DatumType, DimLike, Framework, Identifier, IntoRunnable, IntoTValue, Nnef, OutletId, SymbolValues, TDim, TValue,
-    TVec, Tensor, TractErrorContext, TractResult, TypedFact, TypedModel, TypedSimplePlan, ensure,
+    DatumType, DimLike, Framework, Identifier, IntoTValue, Nnef, OutletId, SymbolValues, TDim, TValue, TVec, Tensor,
+    TractErrorContext, TractResult, TypedFact, TypedModel, TypedSimplePlan, ensure,
 };
 use tract_transformers::WithTractTransformers;
 
 use crate::error::{Error, Result};
 use crate::preflight;
+pub use session::Session;
 use weights::Weights;
 
 /// Version of the linked tract crates.
@@ -90,6 +95,13 @@ impl Fact {
     }
 }
 
+impl Display for Fact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shape: Vec<_> = self.shape.iter().map(ToString::to_string).collect();
+        write!(f, "{:?}: {}[{}]", self.name, self.dtype, shape.join(", "))
+    }
+}
+
 /// Value of a property of the archive.
 #[derive(Debug)]
 pub enum Property {
@@ -110,8 +122,8 @@ pub struct Input<'a> {
     pub bytes: &'a [u8],
 }
 
-/// A tensor that tract made.
-#[derive(Debug)]
+/// A tensor of tract; a copy shares its items.
+#[derive(Debug, Clone)]
 pub struct Array {
     dtype: &'static str,
     value: TValue,
@@ -141,6 +153,10 @@ impl Array {
     pub fn bytes(&self) -> &[u8] {
         self.value.as_bytes()
     }
+
+    fn as_input(&self) -> Input<'_> {
+        Input { dtype: self.dtype, shape: self.shape(), bytes: self.bytes() }
+    }
 }
 
 /// An archive in tract, optimized and ready to run; shared freely between threads.
@@ -154,26 +170,34 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a folder, tar or tgz. `outputs` names assignments of graph.nnef to output instead of the graph's results.
-    pub fn load(path: &Path, outputs: Option<&[String]>, stop: &AtomicBool) -> Result<Self> {
+    /// Loads a folder, tar or tgz. `outputs` names assignments of graph.nnef to output instead of the graph's results;
+    /// `threads` share the work of a run, one if not given.
+    pub fn load(path: &Path, outputs: Option<&[String]>, threads: Option<usize>, stop: &AtomicBool) -> Result<Self> {
         preflight::check(path, stop)?;
-        Self::build(path, outputs, stop, || framework().proto_model_for_path(path))
+        Self::build(path, outputs, threads, stop, || framework().proto_model_for_path(path))
     }
 
     /// [`Self::load`] of a tar or tgz in memory.
-    pub fn load_bytes(bytes: &[u8], outputs: Option<&[String]>, stop: &AtomicBool) -> Result<Self> {
+    pub fn load_bytes(
+        bytes: &[u8],
+        outputs: Option<&[String]>,
+        threads: Option<usize>,
+        stop: &AtomicBool,
+    ) -> Result<Self> {
         preflight::check_bytes(bytes, stop)?;
         let label = Path::new(preflight::IN_MEMORY);
-        Self::build(label, outputs, stop, || framework().proto_model_for_read(&mut Cursor::new(bytes)))
+        Self::build(label, outputs, threads, stop, || framework().proto_model_for_read(&mut Cursor::new(bytes)))
     }
 
     fn build(
         archive: &Path,
         outputs: Option<&[String]>,
+        threads: Option<usize>,
         stop: &AtomicBool,
         parse: impl FnOnce() -> TractResult<ProtoModel>,
     ) -> Result<Self> {
         let at = archive.display();
+        let options = RunOptions { executor: executor(threads)?, ..RunOptions::default() };
         let mut proto = guarded(&at, stop, parse)?;
         if let Some(names) = outputs {
             select_outputs(&mut proto, names)?;
@@ -187,7 +211,7 @@ impl Model {
         // Or the weights would stay in memory twice, as loaded and as packed.
         drop(proto);
         let properties = guarded(&at, stop, || properties(&model))?;
-        let plan = guarded(&at, stop, || model.into_optimized()?.into_runnable())?;
+        let plan = guarded(&at, stop, || model.into_optimized()?.into_runnable_with_options(&options))?;
         guarded(&at, stop, || Self::describe(plan, results, properties))
     }
 
@@ -227,17 +251,50 @@ impl Model {
 
     /// One run, without state from earlier ones.
     pub fn run(&self, inputs: &[Input<'_>]) -> Result<Vec<Array>> {
-        let symbols = inputs::check(self.plan.model(), &self.inputs, inputs)?;
+        self.run_with(&vec![None; self.inputs.len()], inputs)
+    }
+
+    /// One run in which an input has its value of `carried`, one an input, or else the next of `inputs`.
+    fn run_with(&self, carried: &[Option<Array>], inputs: &[Input<'_>]) -> Result<Vec<Array>> {
+        let free = self.inputs.iter().zip(carried).filter(|(_, value)| value.is_none());
+        let names: Vec<_> = free.map(|(fact, _)| fact.name.as_str()).collect();
+        if inputs.len() != names.len() {
+            let (expected, got) = (names.len(), inputs.len());
+            return invalid(format!("{expected} inputs are expected ({}), got {got}", names.join(", ")));
+        }
+        let mut rest = inputs.iter().copied();
+        let values = carried.iter().map(|value| value.as_ref().map(Array::as_input).or_else(|| rest.next()));
+        let given: Vec<_> = values.enumerate().filter_map(|(at, input)| Some((at, input?))).collect();
+        let symbols = inputs::check(self.plan.model(), &self.inputs, &given)?;
         guarded(&"running the model", &AtomicBool::new(false), || {
-            let facts = self.plan.model().inputs.iter().map(|&i| self.plan.model().outlet_fact(i));
-            let tensor = |(input, fact): (&Input<'_>, TractResult<&TypedFact>)| {
-                // SAFETY: `inputs::check` admitted only types of TYPES, for which any bytes are a value (bool: checked there);
-                // tract checks their number.
-                Ok(unsafe { Tensor::from_raw_dt(fact?.datum_type, input.shape, input.bytes) }?.into_tvalue())
+            let tensor = |(at, input): &(usize, Input<'_>)| match &carried[*at] {
+                Some(value) => Ok(value.value.clone()),
+                None => Ok(self.array(*at, input)?.value),
             };
-            let tensors = inputs.iter().zip(facts).map(tensor).collect::<TractResult<TVec<_>>>()?;
+            let tensors = given.iter().map(tensor).collect::<TractResult<TVec<_>>>()?;
             self.plan.run(tensors)?.into_iter().map(|value| Array::new(value, &symbols)).collect()
         })
+    }
+
+    /// The value of the input at `at`, which `inputs::check` admitted.
+    fn array(&self, at: usize, input: &Input<'_>) -> TractResult<Array> {
+        let datum_type = self.plan.model().input_fact(at)?.datum_type;
+        // SAFETY: `inputs::check` admitted only types of TYPES, for which any bytes are a value (bool: checked there);
+        // tract checks their number.
+        let value = unsafe { Tensor::from_raw_dt(datum_type, input.shape, input.bytes) }?.into_tvalue();
+        Array::new(value, &SymbolValues::default())
+    }
+}
+
+/// What runs a plan on more threads than the caller's.
+fn executor(threads: Option<usize>) -> Result<Option<Executor>> {
+    match threads {
+        None | Some(1) => Ok(None),
+        Some(0) => invalid("threads: at least 1".to_owned()),
+        Some(n) => match ThreadPoolBuilder::new().num_threads(n).thread_name(|i| format!("tract-{i}")).build() {
+            Ok(pool) => Ok(Some(Executor::MultiThread(Arc::new(pool)))),
+            Err(why) => invalid(format!("threads: {n} cannot be started: {why}")),
+        },
     }
 }
 

@@ -4,11 +4,12 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use _native::error::Error;
 use _native::preflight;
-use _native::runtime::{Dim, Input, Model, TRACT_VERSION};
+use _native::runtime::{Dim, Input, Model, Session, TRACT_VERSION};
 use proptest::prelude::*;
 use tract_nnef::ast::{Assignment, RValue, Subscript};
 
@@ -40,14 +41,16 @@ fn run(model: &Model, rows: usize) -> Vec<f32> {
 #[test]
 fn the_version_is_the_one_pinned() {
     let manifest = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).unwrap();
-    for tract in ["tract-core", "tract-linalg", "tract-nnef"] {
-        assert!(manifest.contains(&format!("{tract} = \"={TRACT_VERSION}\"")), "{tract}");
+    let pinned = manifest.lines().filter(|line| line.starts_with("tract-")).collect::<Vec<_>>();
+    assert_eq!(pinned.len(), 4);
+    for line in pinned {
+        assert!(line.contains(&format!("\"={TRACT_VERSION}\"")), "{line}");
     }
 }
 
 #[test]
 fn a_graph_runs_at_several_sizes() {
-    let model = Model::load_bytes(&graph("", "y = x + 1.0;"), None, &GO_ON).unwrap();
+    let model = Model::load_bytes(&graph("", "y = x + 1.0;"), None, None, &GO_ON).unwrap();
     assert_eq!(model.inputs()[0].shape, [Dim::Expression("B".into()), Dim::Fixed(2)]);
     assert_eq!((model.outputs()[0].name.as_str(), model.outputs()[0].dtype.as_str()), ("y", "f32"));
     assert_eq!(run(&model, 1), [1.0, 2.0]);
@@ -56,7 +59,7 @@ fn a_graph_runs_at_several_sizes() {
 
 #[test]
 fn a_wrong_number_of_bytes_never_reaches_a_tensor() {
-    let model = Model::load_bytes(&graph("", "y = x + 1.0;"), None, &GO_ON).unwrap();
+    let model = Model::load_bytes(&graph("", "y = x + 1.0;"), None, None, &GO_ON).unwrap();
     for length in [0, 7, 9, 1 << 12] {
         let bytes = vec![0; length];
         assert!(model.run(&[Input { dtype: "f32", shape: &[1, 2], bytes: &bytes }]).is_err());
@@ -68,7 +71,47 @@ fn a_wrong_number_of_bytes_never_reaches_a_tensor() {
 #[test]
 fn a_request_to_stop_is_heard() {
     let stop = AtomicBool::new(true);
-    assert!(matches!(Model::load_bytes(&graph("", "y = x;"), None, &stop), Err(Error::Interrupted)));
+    assert!(matches!(Model::load_bytes(&graph("", "y = x;"), None, None, &stop), Err(Error::Interrupted)));
+}
+
+/// x [S] is put behind the cache [P]; the sum of both is what a run gives.
+fn remembering() -> Arc<Model> {
+    let text = "version 1.0;\nextension tract_registry tract_core;\nextension tract_symbol S;\n\
+                extension tract_symbol P;\nextension tract_assert S + P <= 5;\n\
+                graph net(x, past) -> (total, all) {\n\
+                x = external<scalar>(shape = [S]);\npast = external<scalar>(shape = [P]);\n\
+                all = concat([past, x], axis = 0);\ntotal = sum_reduce(all, axes = [0]);\n}";
+    Arc::new(Model::load_bytes(&archive(text), None, None, &GO_ON).unwrap())
+}
+
+fn total(session: &Session, x: &[f32]) -> Result<f32, Error> {
+    let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let outputs = session.run(&[Input { dtype: "f32", shape: &[x.len()], bytes: &bytes }])?;
+    assert_eq!(outputs.len(), 1);
+    Ok(f32::from_le_bytes(outputs[0].bytes().try_into().unwrap()))
+}
+
+#[test]
+fn a_session_goes_on_from_its_last_run() {
+    let model = remembering();
+    let carried = [("past".to_owned(), "all".to_owned())];
+    let (one, other) = (Session::new(model.clone(), &carried).unwrap(), Session::new(model, &carried).unwrap());
+    assert_eq!((one.inputs()[0].name.as_str(), one.outputs()[0].name.as_str()), ("x", "total"));
+    assert_eq!(total(&one, &[1.0, 2.0]).unwrap(), 3.0);
+    assert_eq!(total(&one, &[4.0]).unwrap(), 7.0);
+    assert_eq!(total(&other, &[8.0]).unwrap(), 8.0);
+    assert!(matches!(total(&one, &[1.0, 1.0, 1.0]), Err(Error::InvalidArgument(why)) if why.contains("S+P")));
+    assert_eq!(total(&one, &[1.0]).unwrap(), 8.0, "a failed run changes nothing");
+    one.reset().unwrap();
+    assert_eq!(total(&one, &[1.0]).unwrap(), 1.0);
+}
+
+#[test]
+fn a_session_carries_what_exists() {
+    for (input, output) in [("none", "all"), ("past", "none")] {
+        let made = Session::new(remembering(), &[(input.to_owned(), output.to_owned())]);
+        assert!(matches!(made, Err(Error::InvalidArgument(_))), "{input} {output}");
+    }
 }
 
 /// What preflight lets through loads on a quarter of the stack that the binding gives it.
@@ -92,7 +135,7 @@ fn the_deepest_graphs_allowed_fit_the_stack() {
         (20, deepest(&|n| graph(&links(n, 8), "y = f0(x);"))),
     ] {
         assert!(n >= least, "{n}");
-        let load = move || Model::load_bytes(&bytes, None, &GO_ON).map(drop);
+        let load = move || Model::load_bytes(&bytes, None, None, &GO_ON).map(drop);
         std::thread::Builder::new().stack_size(16 << 20).spawn(load).unwrap().join().unwrap().unwrap();
     }
 }
@@ -106,7 +149,7 @@ proptest! {
         fragments in soup(12),
         body in soup(30),
     ) {
-        let outcome = Model::load_bytes(&graph(&fragments, &body), None, &GO_ON);
+        let outcome = Model::load_bytes(&graph(&fragments, &body), None, None, &GO_ON);
         prop_assert!(matches!(outcome, Ok(_) | Err(Error::Tract(_))), "{outcome:?}");
     }
 }

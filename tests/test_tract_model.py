@@ -383,3 +383,20 @@ def test_ctrl_c_is_heard_during_a_load(tmp_path):
     path = write(tmp_path / "m.tar", graph("a0 = external<scalar>(shape = [4]);\n" + lines, "a0", "a3000"))
     with pytest.raises(KeyboardInterrupt), ctrl_c_after(0.1):
         forever(TractModel.load, path)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_a_product(tmp_path, threads):
+    w, x = normal(512, 768), normal(64, 512)
+    body = "x = external<scalar>(shape = [B, 512]);\n" + variable("w", w.shape) + "y = matmul(x, w);"
+    path = write(tmp_path / "m.tar", graph(body, symbols="B"), {"w": w})
+    np.testing.assert_array_equal(TractModel.load(path, threads=threads).run(x)["y"], TractModel.load(path).run(x)["y"])
+    np.testing.assert_array_equal(
+        TractModel.load_bytes(path.read_bytes(), threads=threads).run(x=x)["y"].shape, (64, 768)
+    )
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, 1.5, "2"])
+def test_a_number_of_threads_is_a_number_from_one(matmul, threads):
+    with pytest.raises(T2NErrorInvalidArgument, match="threads"):
+        TractModel.load(matmul[0], threads=threads)

@@ -1,7 +1,7 @@
 """Rust core. Arrays cross as contiguous numpy arrays, `data` ones as their raw little-endian bytes (uint8, 1-D); inputs are never copied.
 
 Errors raised: `T2NErrorInvalidArgument`, `T2NErrorImpossibleQuantization`, `T2NErrorInconsistentTensor`, `T2NErrorNotFoundFile`,
-`T2NErrorTract`, `T2NErrorRuntime` (system errors and panics), `KeyboardInterrupt`.
+`T2NErrorTract`, `T2NErrorMisuse`, `T2NErrorRuntime` (system errors and panics), `KeyboardInterrupt`.
 """
 
 from collections.abc import Sequence
@@ -89,11 +89,11 @@ class Model:
     """An archive loaded, optimized and ready in tract. Immutable; `run` may be called from several threads."""
 
     @staticmethod
-    def load(path: str | PathLike[str], outputs: Sequence[str] | None = None) -> Model:
-        """Load a folder, tar or tgz. `outputs`: assignment names of graph.nnef to output instead of the graph's results."""
+    def load(path: str | PathLike[str], outputs: Sequence[str] | None = None, threads: int | None = None) -> Model:
+        """Load a folder, tar or tgz. `outputs`: assignment names of graph.nnef to output instead of the graph's results; `threads` of a run."""
 
     @staticmethod
-    def load_bytes(data: bytes, outputs: Sequence[str] | None = None) -> Model: ...
+    def load_bytes(data: bytes, outputs: Sequence[str] | None = None, threads: int | None = None) -> Model: ...
     @property
     def inputs(self) -> list[tuple[str, str, list[int | str]]]:
         """`(name, dtype, shape)`; a symbolic dimension is its expression as text, e.g. `"B"`, `"S+P"`."""
@@ -110,3 +110,26 @@ class Model:
 
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """One stateless run, inputs in order; dtype or shape that does not fit -> `T2NErrorInvalidArgument`."""
+
+    def session(self, carried: Sequence[tuple[str, str]]) -> Session:
+        """Runs in which each input named has the value that the output named beside it had in the run before; zeros first, symbols being 0."""
+
+@final
+class Session:
+    """What is carried stays in tract. Calls from two threads at once -> `T2NErrorMisuse`."""
+
+    @property
+    def inputs(self) -> list[tuple[str, str, list[int | str]]]:
+        """Those not carried, as `Model.inputs`."""
+
+    @property
+    def outputs(self) -> list[tuple[str, str, list[int | str]]]: ...
+    def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """`Model.run` without what is carried. After an error, what is carried is what it was."""
+
+    def reset(self) -> None: ...
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What is carried, copied, by name of the input."""
+
+    def load_state(self, names: Sequence[str], values: Sequence[NDArray[Any]]) -> None:
+        """Replace all that is carried."""

@@ -1,4 +1,4 @@
-"""An NNEF archive in the tract that is linked into this package: `TractModel`."""
+"""An NNEF archive in the tract that is linked into this package: `TractModel`, and `Session`, its runs that carry state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["Fact", "TractModel"]
+__all__ = ["Fact", "Session", "TractModel"]
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,19 @@ class TractModel:
         """Bytes of constants that tract holds, packed weights as they are packed."""
 
     @classmethod
-    def load(cls, path: str | PathLike[str], outputs: Sequence[str] | None = None) -> TractModel:
-        """Load a folder, tar or tgz; `outputs` names assignments of graph.nnef to output instead of the graph's results."""
-        return cls(_native.Model.load(path, outputs), str(path))
+    def load(
+        cls, path: str | PathLike[str], outputs: Sequence[str] | None = None, threads: int | None = None
+    ) -> TractModel:
+        """Load a folder, tar or tgz; `outputs` names assignments of graph.nnef to output instead of the graph's results.
+
+        `threads` share the work of each run, large products above all; without it a run keeps to its caller's thread.
+        """
+        return cls(_native.Model.load(path, outputs, _thread_count(threads)), str(path))
 
     @classmethod
-    def load_bytes(cls, data: bytes, outputs: Sequence[str] | None = None) -> TractModel:
+    def load_bytes(cls, data: bytes, outputs: Sequence[str] | None = None, threads: int | None = None) -> TractModel:
         """`load` for a tar or tgz in memory."""
-        return cls(_native.Model.load_bytes(data, outputs), f"{len(data)} bytes")
+        return cls(_native.Model.load_bytes(data, outputs, _thread_count(threads)), f"{len(data)} bytes")
 
     def run(self, *args: NDArray[Any] | torch.Tensor, **named: NDArray[Any] | torch.Tensor) -> dict[str, NDArray[Any]]:
         """Run once; inputs in order or by name, numpy arrays or torch tensors, each of the dtype of its `Fact`.
@@ -73,23 +78,11 @@ class TractModel:
         raise `T2NErrorInvalidArgument`. Returns the outputs by name, as arrays of their own memory. The GIL is
         released during the run.
         """
-        results = self._native.run([_as_array(fact.name, value) for fact, value in self._bind(args, named)])
-        return {fact.name: result for fact, result in zip(self.outputs, results, strict=True)}
+        return _run(self, args, named)
 
-    def _bind(self, args: Sequence[Any], named: Mapping[str, Any]) -> list[tuple[Fact, Any]]:
-        names = [fact.name for fact in self.inputs]
-        expected = f"the model takes {', '.join(map(str, self.inputs)) or 'no input'}"
-        if len(args) > len(names):
-            raise T2NErrorInvalidArgument(f"{len(args)} inputs were given; {expected}")
-        given = dict(zip(names, args, strict=False))
-        if twice := given.keys() & named.keys():
-            raise T2NErrorInvalidArgument(f"given both by place and by name: {', '.join(sorted(twice))}; {expected}")
-        given |= named
-        if unknown := given.keys() - set(names):
-            raise T2NErrorInvalidArgument(f"not an input: {', '.join(sorted(unknown))}; {expected}")
-        if missing := [name for name in names if name not in given]:
-            raise T2NErrorInvalidArgument(f"missing: {', '.join(missing)}; {expected}")
-        return [(fact, given[fact.name]) for fact in self.inputs]
+    def session(self, carried: Mapping[str, str]) -> Session:
+        """Runs that carry state; `carried` names inputs, each with the output that is its value in the next run."""
+        return Session(self._native.session(list(carried.items())))
 
     def __repr__(self) -> str:
         inputs, outputs = (", ".join(map(str, facts)) for facts in (self.inputs, self.outputs))
@@ -97,6 +90,75 @@ class TractModel:
 
     def __reduce__(self) -> NoReturn:
         raise T2NErrorMisuse("a TractModel cannot be pickled or copied; load the archive where it is needed")
+
+
+class Session:
+    """Runs of a `TractModel` in which some inputs have the value that an output had in the run before.
+
+    Made by `TractModel.session`. What is carried stays in tract and is not copied between runs. It begins as zeros, symbols of
+    its shapes being 0: caches of a language model are empty. Several sessions may share a model; each is for one thread
+    at a time, calls from a second one meanwhile raise `T2NErrorMisuse`.
+    """
+
+    def __init__(self, native: _native.Session) -> None:
+        self._native = native
+        self.inputs: tuple[Fact, ...] = tuple(map(_fact, native.inputs))
+        """Those not carried, in the order `run` takes them."""
+        self.outputs: tuple[Fact, ...] = tuple(map(_fact, native.outputs))
+        """Those not carried."""
+
+    def run(self, *args: NDArray[Any] | torch.Tensor, **named: NDArray[Any] | torch.Tensor) -> dict[str, NDArray[Any]]:
+        """`TractModel.run` with the inputs and outputs that are not carried. After an error, what is carried is what it was."""
+        return _run(self, args, named)
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._native.reset()
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """A copy of what is carried, by name of the input."""
+        return self._native.state()
+
+    def load_state(self, state: Mapping[str, NDArray[Any] | torch.Tensor]) -> None:
+        """Put `state`, a value for each input carried, in place of what is carried; checked as by `TractModel.run`."""
+        arrays = [_as_array(name, value) for name, value in state.items()]
+        self._native.load_state(list(state), arrays)
+
+    def __repr__(self) -> str:
+        inputs, outputs = (", ".join(map(str, facts)) for facts in (self.inputs, self.outputs))
+        return f"Session(({inputs}) -> ({outputs}))"
+
+    def __reduce__(self) -> NoReturn:
+        raise T2NErrorMisuse("a Session cannot be pickled or copied; state() and load_state() carry what it holds")
+
+
+def _run(runs: TractModel | Session, args: Sequence[Any], named: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    given = _bind(runs.inputs, args, named)
+    results = runs._native.run([_as_array(fact.name, given[fact.name]) for fact in runs.inputs])
+    return {fact.name: result for fact, result in zip(runs.outputs, results, strict=True)}
+
+
+def _bind(facts: Sequence[Fact], args: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each input its value, by name."""
+    names = [fact.name for fact in facts]
+    expected = f"the model takes {', '.join(map(str, facts)) or 'no input'}"
+    if len(args) > len(names):
+        raise T2NErrorInvalidArgument(f"{len(args)} inputs were given; {expected}")
+    given = dict(zip(names, args, strict=False))
+    if twice := given.keys() & named.keys():
+        raise T2NErrorInvalidArgument(f"given both by place and by name: {', '.join(sorted(twice))}; {expected}")
+    given |= named
+    if unknown := given.keys() - set(names):
+        raise T2NErrorInvalidArgument(f"not an input: {', '.join(sorted(unknown))}; {expected}")
+    if missing := [name for name in names if name not in given]:
+        raise T2NErrorInvalidArgument(f"missing: {', '.join(missing)}; {expected}")
+    return given
+
+
+def _thread_count(threads: int | None) -> int | None:
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise T2NErrorInvalidArgument(f"threads: a number from 1, not {threads!r}")
+    return threads
 
 
 def _fact(native: tuple[str, str, list[int | str]]) -> Fact:

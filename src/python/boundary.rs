@@ -86,6 +86,7 @@ fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
 pub fn to_py(py: Python<'_>, error: &Error) -> PyErr {
     let class = match error {
         Error::InvalidArgument(_) => "T2NErrorInvalidArgument",
+        Error::Misuse(_) => "T2NErrorMisuse",
         Error::ImpossibleQuantization(_) => "T2NErrorImpossibleQuantization",
         Error::InconsistentTensor(_) => "T2NErrorInconsistentTensor",
         Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => "T2NErrorNotFoundFile",

@@ -13,6 +13,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add("tract_version", crate::runtime::TRACT_VERSION)?;
     m.add_class::<runtime::Model>()?;
+    m.add_class::<runtime::Session>()?;
     m.add_function(wrap_pyfunction!(runtime::check_archive, m)?)?;
     m.add_class::<archive::ArchiveWriter>()?;
     m.add_function(wrap_pyfunction!(archive::read_dat, m)?)?;

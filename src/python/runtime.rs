@@ -1,6 +1,7 @@
 //! tract models. Contract and docstrings: `_native.pyi`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use numpy::{PyArray1, PyArrayDescrMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
@@ -22,20 +23,22 @@ pub fn check_archive(py: Python<'_>, path: PathBuf) -> PyResult<()> {
 }
 
 #[pyclass(frozen, module = "torch_to_nnef._native")]
-pub struct Model(runtime::Model);
+pub struct Model(Arc<runtime::Model>);
 
 #[pymethods]
 impl Model {
     #[staticmethod]
-    #[pyo3(signature = (path, outputs = None))]
-    fn load(py: Python<'_>, path: PathBuf, outputs: Option<Vec<String>>) -> PyResult<Self> {
-        native(py, move |stop| runtime::Model::load(&path, outputs.as_deref(), stop)).map(Self)
+    #[pyo3(signature = (path, outputs = None, threads = None))]
+    fn load(py: Python<'_>, path: PathBuf, outputs: Option<Vec<String>>, threads: Option<usize>) -> PyResult<Self> {
+        native(py, move |stop| runtime::Model::load(&path, outputs.as_deref(), threads, stop))
+            .map(|m| Self(Arc::new(m)))
     }
 
     #[staticmethod]
-    #[pyo3(signature = (data, outputs = None))]
-    fn load_bytes(py: Python<'_>, data: &[u8], outputs: Option<Vec<String>>) -> PyResult<Self> {
-        native(py, move |stop| runtime::Model::load_bytes(data, outputs.as_deref(), stop)).map(Self)
+    #[pyo3(signature = (data, outputs = None, threads = None))]
+    fn load_bytes(py: Python<'_>, data: &[u8], outputs: Option<Vec<String>>, threads: Option<usize>) -> PyResult<Self> {
+        native(py, move |stop| runtime::Model::load_bytes(data, outputs.as_deref(), threads, stop))
+            .map(|m| Self(Arc::new(m)))
     }
 
     #[getter]
@@ -68,15 +71,76 @@ impl Model {
 
     #[expect(clippy::needless_pass_by_value, reason = "what pyo3 makes of a Python sequence")]
     fn run<'py>(&self, py: Python<'py>, inputs: Vec<Bound<'py, PyUntypedArray>>) -> PyResult<Bound<'py, PyList>> {
-        let dtypes = inputs.iter().map(dtype_name).collect::<PyResult<Vec<_>>>()?;
-        let bytes = inputs.iter().map(|array| array_bytes(py, array)).collect::<PyResult<Vec<_>>>()?;
-        let mut given = Vec::with_capacity(inputs.len());
-        for ((array, dtype), bytes) in inputs.iter().zip(&dtypes).zip(&bytes) {
-            given.push(Input { dtype, shape: array.shape(), bytes: bytes.as_slice()? });
-        }
-        let outputs = native_short(py, || self.0.run(&given))?;
+        let outputs = with_inputs(py, &inputs, |given| native_short(py, || self.0.run(given)))?;
         PyList::new(py, outputs.iter().map(|array| array_to_py(py, array)).collect::<PyResult<Vec<_>>>()?)
     }
+
+    #[expect(clippy::needless_pass_by_value, reason = "what pyo3 makes of a Python sequence")]
+    fn session(&self, py: Python<'_>, carried: Vec<(String, String)>) -> PyResult<Session> {
+        native_short(py, || runtime::Session::new(Arc::clone(&self.0), &carried)).map(Session)
+    }
+}
+
+#[pyclass(frozen, module = "torch_to_nnef._native")]
+pub struct Session(runtime::Session);
+
+#[pymethods]
+impl Session {
+    #[getter]
+    fn inputs<'py>(&self, py: Python<'py>) -> PyResult<Vec<PyFact<'py>>> {
+        self.0.inputs().into_iter().map(|fact| fact_to_py(py, fact)).collect()
+    }
+
+    #[getter]
+    fn outputs<'py>(&self, py: Python<'py>) -> PyResult<Vec<PyFact<'py>>> {
+        self.0.outputs().into_iter().map(|fact| fact_to_py(py, fact)).collect()
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "what pyo3 makes of a Python sequence")]
+    fn run<'py>(&self, py: Python<'py>, inputs: Vec<Bound<'py, PyUntypedArray>>) -> PyResult<Bound<'py, PyList>> {
+        let outputs = with_inputs(py, &inputs, |given| native_short(py, || self.0.run(given)))?;
+        PyList::new(py, outputs.iter().map(|array| array_to_py(py, array)).collect::<PyResult<Vec<_>>>()?)
+    }
+
+    fn reset(&self, py: Python<'_>) -> PyResult<()> {
+        native_short(py, || self.0.reset())
+    }
+
+    fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let state = PyDict::new(py);
+        for (name, array) in native_short(py, || self.0.state())? {
+            state.set_item(name, array_to_py(py, &array)?)?;
+        }
+        Ok(state)
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "what pyo3 makes of Python sequences")]
+    fn load_state<'py>(
+        &self,
+        py: Python<'py>,
+        names: Vec<String>,
+        values: Vec<Bound<'py, PyUntypedArray>>,
+    ) -> PyResult<()> {
+        with_inputs(py, &values, |given| {
+            let named: Vec<_> = names.iter().cloned().zip(given.iter().copied()).collect();
+            native_short(py, || self.0.load_state(&named))
+        })
+    }
+}
+
+/// Calls `work` with what `arrays` hold, not copied.
+fn with_inputs<'py, T>(
+    py: Python<'py>,
+    arrays: &[Bound<'py, PyUntypedArray>],
+    work: impl FnOnce(&[Input<'_>]) -> PyResult<T>,
+) -> PyResult<T> {
+    let dtypes = arrays.iter().map(dtype_name).collect::<PyResult<Vec<_>>>()?;
+    let bytes = arrays.iter().map(|array| array_bytes(py, array)).collect::<PyResult<Vec<_>>>()?;
+    let mut given = Vec::with_capacity(arrays.len());
+    for ((array, dtype), bytes) in arrays.iter().zip(&dtypes).zip(&bytes) {
+        given.push(Input { dtype, shape: array.shape(), bytes: bytes.as_slice()? });
+    }
+    work(&given)
 }
 
 fn fact_to_py<'py>(py: Python<'py>, fact: &Fact) -> PyResult<PyFact<'py>> {

@@ -7,22 +7,17 @@ use tract_nnef::internal::{ShapeFact, Symbol, SymbolValues, TDim, TypedModel};
 use super::{Dim, Fact, Input, TYPES, invalid};
 use crate::error::{Error, Result};
 
-/// Sizes of the symbols; [`Error::InvalidArgument`] unless the inputs are what `model` takes, symbols having one size each, within what the archive asserts of them.
-pub fn check(model: &TypedModel, facts: &[Fact], inputs: &[Input<'_>]) -> Result<SymbolValues> {
-    if inputs.len() != facts.len() {
-        let names: Vec<_> = facts.iter().map(|fact| fact.name.as_str()).collect();
-        let (expected, got) = (names.len(), inputs.len());
-        return invalid(format!("the model takes {expected} inputs ({}), got {got}", names.join(", ")));
-    }
+/// Sizes of the symbols; [`Error::InvalidArgument`] unless the inputs, each with its index, are what `model` takes, symbols having one size each, within what the archive asserts of them.
+pub fn check(model: &TypedModel, facts: &[Fact], inputs: &[(usize, Input<'_>)]) -> Result<SymbolValues> {
     let shape = |index| model.input_fact(index).map(|fact| &fact.shape).map_err(|e| Error::Tract(format!("{e:#}")));
     let mut sizes = Sizes::default();
-    for (index, (fact, input)) in facts.iter().zip(inputs).enumerate() {
-        check_type(fact, input)?;
-        sizes.bind(fact, shape(index)?, input)?;
+    for (index, input) in inputs {
+        check_type(&facts[*index], input)?;
+        sizes.bind(&facts[*index], shape(*index)?, input)?;
     }
     // Once every symbol that stands alone is known.
-    for (index, (fact, input)) in facts.iter().zip(inputs).enumerate() {
-        sizes.check(fact, shape(index)?, input)?;
+    for (index, input) in inputs {
+        sizes.check(&facts[*index], shape(*index)?, input)?;
     }
     // tract reasons with its assertions, but does not check them.
     for asserted in model.symbols.all_assertions() {
