@@ -26,7 +26,10 @@ _JOINS = frozenset({"concat", "stack", "pad"})
 
 
 class Emitter:
-    """Collects the statements of one graph. `node` is the call being lowered; `fresh` gives unused identifiers for it."""
+    """Collects the statements of one graph. `node` is the call being lowered; `fresh` gives unused identifiers for it.
+
+    `forced` names the operators that an option of the target moves from f16 to f32.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class Emitter:
         producers: dict[str, Node],
         weights: Callable[[str], torch.Tensor],
         results: frozenset[str] = frozenset(),
+        forced: frozenset[str] = frozenset(),
     ) -> None:
         self.statements: list[Statement] = []
         self.variables: dict[str, Variable] = {}
@@ -41,6 +45,7 @@ class Emitter:
         self._makers: dict[str, Statement] = {}
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
         self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
+        self.forced = forced
         self._fresh, self._producers, self._weights, self._results = fresh, producers, weights, results
 
     # -- statements
@@ -95,7 +100,11 @@ class Emitter:
     def rows(self, weight: Ref, start: int, length: int, name: str) -> Ref:
         """Some rows of a weight, or of each matrix in a stack of them, stored on their own as `name`: tract cuts no packed weight."""
         tensor, stop = self._weights(weight.fqn or ""), start + length
-        part = tensor.rows(start, stop) if isinstance(tensor, QTensorTractScaleOnly) else tensor.detach()[..., start:stop, :]
+        part = (
+            tensor.rows(start, stop)
+            if isinstance(tensor, QTensorTractScaleOnly)
+            else tensor.detach()[..., start:stop, :]
+        )
         label = f"{weight.fqn}.{name}"
         ref = replace(weight, id=self._fresh(None, label), shape=tuple(part.shape))
         self.variables[ref.id] = Variable(ref.id, label, part)
