@@ -343,6 +343,14 @@ def test_auto_holds_in_memory_what_takes_half_of_it(single, monkeypatch):
         assert checkpoint._offloads("t2n_auto", torch.float32) is offloads
 
 
+def test_a_container_may_have_less_than_is_free(single, monkeypatch, tmp_path):
+    checkpoint, limit = find(local_dir=single), tmp_path / "memory.max"
+    monkeypatch.setattr("torch_to_nnef.llm_tract.checkpoint._CONTAINER_LIMIT", limit)
+    for text, offloads in (("max\n", False), ("400000\n", True)):
+        limit.write_text(text)
+        assert checkpoint._offloads("t2n_auto", torch.float32) is offloads
+
+
 # The hub
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch_to_nnef.llm_tract.options import LlmOptions
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +176,7 @@ class Checkpoint:
             return True
         if device_map != "t2n_auto" or resident is not None:
             return False
-        import psutil
-
-        needed: int = self.bytes_in_memory(dtype)
-        free: int = psutil.virtual_memory().available
+        needed, free = self.bytes_in_memory(dtype), _free_memory()
         LOGGER.info("weights take %.2f GB, %.2f GB of memory are free", needed / 1e9, free / 1e9)
         return needed > free / 2
 
@@ -285,6 +283,15 @@ def _config(place: _Place, trust_remote_code: bool) -> PreTrainedConfig:
 def _source(gguf: str | None, trust_remote_code: bool) -> dict[str, Any]:
     # Never None: transformers would ask on the terminal.
     return {"trust_remote_code": trust_remote_code} | ({} if gguf is None else {"gguf_file": gguf})
+
+
+def _free_memory() -> int:
+    """Bytes that are free on this machine, at most what its container may have."""
+    import psutil
+
+    limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
+    free: int = psutil.virtual_memory().available
+    return free if limit == "max" else min(free, int(limit))
 
 
 def _stored_dtype(files: list[Path]) -> torch.dtype | None:
