@@ -299,6 +299,15 @@ def test_an_adapters_own_tokenizer_counts(adapted, single, tmp_path):
     assert find(local_dir=single, merge_peft=str(folder)).tokenizer().chat_template == "the adapter's"
 
 
+def test_an_adapter_beside_weights_is_not_loaded_unasked(adapted, copied):
+    for file in adapted[0].glob("adapter_*"):
+        shutil.copy(file, copied / file.name)
+    with pytest.raises(T2NErrorInvalidArgument, match="is a PEFT adapter: pass -mp"):
+        find(local_dir=copied)
+    with pytest.raises(T2NErrorInvalidArgument, match="is a PEFT adapter: merge that one first"):
+        find(local_dir=copied, merge_peft=str(adapted[0]))
+
+
 def test_adapters_are_not_mistaken(adapted, single, tmp_path):
     folder = shutil.copytree(adapted[0], tmp_path / "adapter")
     with pytest.raises(T2NErrorInvalidArgument, match="is a PEFT adapter: pass -mp"):

@@ -67,17 +67,17 @@ class Checkpoint:
         elif options.merge_peft:
             adapter = _adapter_folder(_place(options.merge_peft, is_slug=not Path(options.merge_peft).is_dir()))
             name = f"{name} + {adapter.name}"
-        elif place.is_adapter:
-            raise T2NErrorInvalidArgument(f"{name} is a PEFT adapter: pass -mp to merge it into its base model")
-        config, trusted = _config(place, options.trust_remote_code), options.trust_remote_code
+        if (place.folder / hub.ADAPTER_CONFIG).exists():  # transformers would load it unasked
+            instead = "merge that one first" if options.merge_peft else "pass -mp to merge it into its base model"
+            raise T2NErrorInvalidArgument(f"{place.name} is a PEFT adapter: {instead}")
         return cls(
             name=name,
             folder=place.folder,
-            config=config,
+            config=_config(place, options.trust_remote_code),
             gguf=place.gguf,
             slug=place.slug,
             adapter=adapter,
-            trust_remote_code=trusted,
+            trust_remote_code=options.trust_remote_code,
         )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -126,7 +126,8 @@ class Checkpoint:
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a text, by the generation config if there is one."""
         path = self.folder / "generation_config.json"
-        declared = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
+        with _told(f"read {path.name}"):
+            declared = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
         ids = getattr(self.config, "eos_token_id", None) if declared is None else declared
         return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
@@ -206,10 +207,6 @@ class _Place:
     folder: Path
     slug: str | None = None
     gguf: str | None = None
-
-    @property
-    def is_adapter(self) -> bool:
-        return (self.folder / hub.ADAPTER_CONFIG).exists() and not (self.folder / "config.json").exists()
 
 
 def _place(source: str, is_slug: bool) -> _Place:
