@@ -299,6 +299,15 @@ def test_an_adapters_own_tokenizer_counts(adapted, single, tmp_path):
     assert find(local_dir=single, merge_peft=str(folder)).tokenizer().chat_template == "the adapter's"
 
 
+def test_an_adapter_beside_weights_is_not_loaded_unasked(adapted, copied):
+    for file in adapted[0].glob("adapter_*"):
+        shutil.copy(file, copied / file.name)
+    with pytest.raises(T2NErrorInvalidArgument, match="is a PEFT adapter: pass -mp"):
+        find(local_dir=copied)
+    with pytest.raises(T2NErrorInvalidArgument, match="is a PEFT adapter: merge that one first"):
+        find(local_dir=copied, merge_peft=str(adapted[0]))
+
+
 def test_adapters_are_not_mistaken(adapted, single, tmp_path):
     folder = shutil.copytree(adapted[0], tmp_path / "adapter")
     with pytest.raises(T2NErrorInvalidArgument, match="is a PEFT adapter: pass -mp"):
@@ -340,6 +349,14 @@ def test_auto_holds_in_memory_what_takes_half_of_it(single, monkeypatch):
     needed = checkpoint.bytes_in_memory(torch.float32)
     for free, offloads in ((2 * needed, False), (2 * needed - 1, True)):
         monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert checkpoint._offloads("t2n_auto", torch.float32) is offloads
+
+
+def test_a_container_may_have_less_than_is_free(single, monkeypatch, tmp_path):
+    checkpoint, limit = find(local_dir=single), tmp_path / "memory.max"
+    monkeypatch.setattr("torch_to_nnef.llm_tract.checkpoint._CONTAINER_LIMIT", limit)
+    for text, offloads in (("max\n", False), ("400000\n", True)):
+        limit.write_text(text)
         assert checkpoint._offloads("t2n_auto", torch.float32) is offloads
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from torch_to_nnef._native import __version__, tract_version
-
-_VERBS = ("chat",)
+from torch_to_nnef.cli.chat import chat
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
@@ -30,6 +27,4 @@ def t2n(
     """Quantize, export, verify and use models with tract."""
 
 
-for _verb in _VERBS:
-    if find_spec(_module := f"{__package__}.{_verb}"):
-        app.command(_verb)(getattr(import_module(_module), _verb))
+app.command("chat")(chat)

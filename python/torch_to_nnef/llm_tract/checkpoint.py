@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch_to_nnef.llm_tract.options import LlmOptions
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +67,17 @@ class Checkpoint:
         elif options.merge_peft:
             adapter = _adapter_folder(_place(options.merge_peft, is_slug=not Path(options.merge_peft).is_dir()))
             name = f"{name} + {adapter.name}"
-        elif place.is_adapter:
-            raise T2NErrorInvalidArgument(f"{name} is a PEFT adapter: pass -mp to merge it into its base model")
-        config, trusted = _config(place, options.trust_remote_code), options.trust_remote_code
+        if (place.folder / hub.ADAPTER_CONFIG).exists():  # transformers would load it unasked
+            instead = "merge that one first" if options.merge_peft else "pass -mp to merge it into its base model"
+            raise T2NErrorInvalidArgument(f"{place.name} is a PEFT adapter: {instead}")
         return cls(
             name=name,
             folder=place.folder,
-            config=config,
+            config=_config(place, options.trust_remote_code),
             gguf=place.gguf,
             slug=place.slug,
             adapter=adapter,
-            trust_remote_code=trusted,
+            trust_remote_code=options.trust_remote_code,
         )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -125,7 +126,8 @@ class Checkpoint:
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a text, by the generation config if there is one."""
         path = self.folder / "generation_config.json"
-        declared = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
+        with _told(f"read {path.name}"):
+            declared = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
         ids = getattr(self.config, "eos_token_id", None) if declared is None else declared
         return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
@@ -175,10 +177,7 @@ class Checkpoint:
             return True
         if device_map != "t2n_auto" or resident is not None:
             return False
-        import psutil
-
-        needed: int = self.bytes_in_memory(dtype)
-        free: int = psutil.virtual_memory().available
+        needed, free = self.bytes_in_memory(dtype), _free_memory()
         LOGGER.info("weights take %.2f GB, %.2f GB of memory are free", needed / 1e9, free / 1e9)
         return needed > free / 2
 
@@ -208,10 +207,6 @@ class _Place:
     folder: Path
     slug: str | None = None
     gguf: str | None = None
-
-    @property
-    def is_adapter(self) -> bool:
-        return (self.folder / hub.ADAPTER_CONFIG).exists() and not (self.folder / "config.json").exists()
 
 
 def _place(source: str, is_slug: bool) -> _Place:
@@ -285,6 +280,15 @@ def _config(place: _Place, trust_remote_code: bool) -> PreTrainedConfig:
 def _source(gguf: str | None, trust_remote_code: bool) -> dict[str, Any]:
     # Never None: transformers would ask on the terminal.
     return {"trust_remote_code": trust_remote_code} | ({} if gguf is None else {"gguf_file": gguf})
+
+
+def _free_memory() -> int:
+    """Bytes that are free on this machine, at most what its container may have."""
+    import psutil
+
+    limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
+    free: int = psutil.virtual_memory().available
+    return free if limit == "max" else min(free, int(limit))
 
 
 def _stored_dtype(files: list[Path]) -> torch.dtype | None:

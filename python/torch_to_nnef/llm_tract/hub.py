@@ -29,8 +29,9 @@ def fetch(slug: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        # At the root: folders of a repository hold the same weights for other programs.
-        return Path(snapshot_download(slug, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        # `*` matches across folders, and those hold the same weights for other programs.
+        elsewhere = [] if any("/" in pattern for pattern in patterns) else ["*/*"]
+        return Path(snapshot_download(slug, allow_patterns=list(patterns), ignore_patterns=elsewhere))
     except HFValidationError as error:
         raise T2NErrorNotFoundFile(
             f"{slug!r} is no name of a model: write owner/name, or pass a folder by -d"
