@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -22,11 +22,12 @@ from torch_to_nnef.llm_tract.checkpoint import DTYPES, Checkpoint
 from torch_to_nnef.llm_tract.families import attention_of, step_signature
 from torch_to_nnef.llm_tract.generation import GenerationComparison, TorchSteps, compare_generation
 from torch_to_nnef.llm_tract.layout import Layout, modes, properties, replaced_folder
+from torch_to_nnef.llm_tract.precision import cache_dtype, forced_for, widened
 from torch_to_nnef.llm_tract.quality import FloatReference, Quality
 from torch_to_nnef.llm_tract.report import LlmReport, condensed, sections
 from torch_to_nnef.llm_tract.scenarios import scenarios, verify_scenarios
 from torch_to_nnef.llm_tract.steps import TractSteps
-from torch_to_nnef.llm_tract.texts import PROSE, windows
+from torch_to_nnef.llm_tract.texts import PROSE, QUESTION, windows
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.nnef.names import VariableNamingScheme
 from torch_to_nnef.nnef.writer import write_archive
@@ -59,8 +60,9 @@ def export_llm(options: LlmOptions) -> LlmReport:
     method = _method(options)
     with replaced_folder(options) as layout:
         checkpoint = Checkpoint.find(options)
-        trusted = options.trust_remote_code
-        work = _Work(options, checkpoint, step_signature(checkpoint.config, options.logits, trust_remote_code=trusted))
+        trusted, cached = options.trust_remote_code, options.force_inputs_dtype
+        signature = step_signature(checkpoint.config, options.logits, trust_remote_code=trusted)
+        work = _Work(options, checkpoint, replace(signature, cached=cached and cache_dtype(cached)))
         with work.steps("load"):
             work.load()
         return work.export(method, layout)
@@ -77,6 +79,7 @@ class _Work:
     notes: list[str] = field(default_factory=list)
     model: PreTrainedModel = field(init=False)
     tokenizer: PreTrainedTokenizerBase | None = field(init=False)
+    forced: Mapping[str, str] = field(init=False)
 
     def note(self, text: str) -> None:
         """Say it now, and in the report."""
@@ -85,7 +88,6 @@ class _Work:
 
     def load(self) -> None:
         """Model and tokenizer."""
-        dtype = DTYPES[self.options.force_module_dtype] if self.options.force_module_dtype else None
         try:
             self.tokenizer = self.checkpoint.tokenizer()
         except T2NError as error:
@@ -94,7 +96,16 @@ class _Work:
             self.tokenizer = None
             self.note(f"without a tokenizer there are no texts, so neither perplexity nor answers ({error})")
         attention = attention_of(self.checkpoint.config) or "sdpa"
-        self.model = self.checkpoint.load(dtype, self.options.device_map, attention)
+        self.model = widened(self.checkpoint.load(self._dtype(), self.options.device_map, attention))
+        self.forced = forced_for(self.checkpoint.config, self.model.dtype)
+        for option, reason in self.forced.items():
+            self.note(f"{option}: {reason}")
+
+    def _dtype(self) -> torch.dtype:
+        """To load in: what was asked for, or is stored; bf16 as f32, which has all its numbers."""
+        stored, asked = self.checkpoint.dtype, self.options.force_module_dtype
+        dtype = DTYPES[asked] if asked else stored
+        return torch.float32 if dtype is stored is torch.bfloat16 else dtype
 
     def export(self, method: Method | None, layout: Layout) -> LlmReport:
         """From the loaded model to the files of `layout`."""
@@ -127,7 +138,7 @@ class _Work:
             generation=found.generation,
             quality=found.quality,
             notes=tuple(self.notes),
-            sections=sections(found.generation, found.quality, self.notes),
+            sections=sections(found.generation, found.quality, self._texts(found), self.notes),
             steps=self.steps.taken(),
             versions={"torch": torch.__version__, "tract": tract_version, "torch_to_nnef": __version__},
         )
@@ -169,7 +180,8 @@ class _Work:
 
     def _target(self, rows: Sequence[TensorRow]) -> TractNNEF:
         """With properties that say what was done, `rows` being what became of the weights."""
-        target = self.options.target(dynamic_axes=self.signature.dynamic_axes)
+        forced = dict.fromkeys(self.forced, True)
+        target = self.options.target(dynamic_axes=self.signature.dynamic_axes, **forced)
         method = self.options.compression_method
         said = properties(self.checkpoint, self.signature, target, self.model.dtype, method, rows)
         return replace(target, specific_properties=said)
@@ -184,7 +196,7 @@ class _Work:
         held = sum(variable.tensor.nbytes for variable in plan.document.variables)
         LOGGER.info("verification: tract holds the archive too, about %s", size(held))
         step, tolerance = as_step(self.model, self.signature), self.options.tract_check_io_tolerance
-        ids = self._text()
+        ids = self._ids(PROSE)
         runs = scenarios(step, self.signature, self._sample(), ids, self.options.sample_generation_total_size)
         layout.write_tests(runs)
         tract = TractModel.load(layout.archive)
@@ -196,30 +208,44 @@ class _Work:
             self.note("the archive takes no single token, so no text was generated: --num-logits-to-keep 1 can")
             return found
         in_torch, in_tract = TorchSteps(self.model, self.signature), TractSteps(tract)
-        prompt = ids[: max(len(ids) // 2, 1)]
-        found.generation = compare_generation(
-            in_torch, in_tract, prompt, self._generated(prompt), tolerance, self.model.dtype
-        )
+        context = self.signature.context or 2 * _GENERATED
+        prompt = self._ids(QUESTION)[: context // 2]
+        count = min(_GENERATED, context - len(prompt))
+        found.generation = compare_generation(in_torch, in_tract, prompt, count, tolerance, self.model.dtype)
         if not found.generation.ok:
             raise T2NErrorIOPytorchTractNotISO(f"tract does not generate torch's text: {found.generation}")
         if reference is not None:
-            weights = _extent(self.model)[1]
-            forms = [("quantized torch", in_torch, weights)] if self.options.compression_method else []
-            found.quality = reference.quality([*forms, ("archive in tract", in_tract, tract.weight_bytes)])
+            found.quality = self._quality(reference, found.generation, in_torch, in_tract, tract.weight_bytes)
         return found
 
-    def _text(self) -> list[int]:
-        """Tokens of a prompt: ours if there is a tokenizer, else any."""
-        if self.tokenizer is None:
-            return torch.randint(
-                self.model.config.vocab_size, (_GENERATED,), generator=torch.Generator().manual_seed(0)
-            ).tolist()
-        ids: list[int] = self.tokenizer(PROSE, verbose=False)["input_ids"]
-        return ids
+    def _quality(
+        self,
+        reference: FloatReference,
+        generation: GenerationComparison,
+        in_torch: TorchSteps,
+        in_tract: TractSteps,
+        weight_bytes: int,
+    ) -> Quality:
+        rows = [reference.measure("archive in tract", in_tract, weight_bytes, generation.tract_tokens)]
+        if self.options.compression_method is not None:
+            rows.insert(0, reference.measure("quantized torch", in_torch, _extent(self.model)[1], generation.tokens))
+        return reference.quality(*rows)
 
-    def _generated(self, prompt: Sequence[int]) -> int:
-        context = self.signature.context
-        return _GENERATED if context is None else min(_GENERATED, context - len(prompt))
+    def _texts(self, found: _Findings) -> dict[str, str]:
+        """What was generated, if that is to be shown."""
+        if not self.options.test_display_token_gens or self.tokenizer is None or found.generation is None:
+            return {}
+        tokens = {"torch": found.generation.tokens, "tract": found.generation.tract_tokens}
+        return {name: self.tokenizer.decode([*found.generation.prompt, *ids]) for name, ids in tokens.items()}
+
+    def _ids(self, text: str) -> list[int]:
+        """Tokens of a text; without a tokenizer, any."""
+        if self.tokenizer is None:
+            generator = torch.Generator().manual_seed(0)
+            some: list[int] = torch.randint(self.model.config.vocab_size, (_GENERATED,), generator=generator).tolist()
+            return some
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids
 
     def _write(self, report: LlmReport, layout: Layout) -> None:
         config, name = self.model.config, self.checkpoint.name
@@ -228,7 +254,7 @@ class _Work:
             name=name,
             model_type=config.model_type,
             vocabulary=config.vocab_size,
-            dtype=self.model.dtype,
+            dtype=self.signature.cached or self.model.dtype,
             eos_ids=self.checkpoint.eos_ids,
         )
         tokenizer = self.tokenizer if self.options.dump_with_tokenizer_and_conf else None

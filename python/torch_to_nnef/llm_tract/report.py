@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch_to_nnef.report import Report, Section
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch_to_nnef.llm_tract.generation import GenerationComparison
     from torch_to_nnef.llm_tract.quality import Quality
@@ -35,12 +35,14 @@ class LlmReport(Report):
 
 
 def sections(
-    generation: GenerationComparison | None, quality: Quality | None, notes: Iterable[str]
+    generation: GenerationComparison | None, quality: Quality | None, texts: Mapping[str, str], notes: Iterable[str]
 ) -> tuple[Section, ...]:
     """The tables of an `LlmReport` beside those of every report."""
     found = [quality.section()] if quality else []
     if generation:
         found.append(Section("Greedy text: quantized torch against tract", ("outcome",), ((str(generation),),)))
+    if texts:
+        found.append(Section("Texts generated", ("by", "text"), tuple(texts.items())))
     if lines := tuple((note,) for note in notes):
         found.append(Section("Notes", ("",), lines))
     return tuple(found)
