@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -18,6 +20,7 @@ from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorNotFoun
 
 # As many bytes of JSON as safetensors itself accepts.
 _MAX_HEADER = 100_000_000
+_LARGE = 1 << 20
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -112,6 +115,13 @@ def read_into(extents: Sequence[Extent], tensor: torch.Tensor) -> None:
     for extent in extents:
         extent.file.read_into(extent.offset, view[at : at + extent.nbytes])
         at += extent.nbytes
+
+
+def own_memory(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """As `torch.empty`, but large ones not from malloc: megabytes that come and go leave holes there, and it grows."""
+    if (nbytes := prod(shape) * dtype.itemsize) < _LARGE:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY), dtype=dtype).view(tuple(shape))
 
 
 def safetensors_extents(path: Path) -> Iterator[tuple[str, Extent, torch.dtype, tuple[int, ...]]]:
