@@ -55,9 +55,7 @@ class Llama:
             "mlp.up_proj": (self.intermediate, self.hidden),
             "mlp.down_proj": (self.hidden, self.intermediate),
         }
-        layers = {
-            f"model.layers.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in block.items()
-        }
+        layers = {f"model.layers.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in block.items()}
         ends = {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocabulary, self.hidden)}
         return {"model.embed_tokens.weight": (self.vocabulary, self.hidden), **layers, **ends}
 

@@ -72,7 +72,9 @@ def edit_index(folder, edit):
 
 def test_a_weight_that_is_missing_is_named(llama):
     edit_index(llama, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(T2NErrorInconsistentTensor, match=r"1 weights are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        T2NErrorInconsistentTensor, match=r"1 weights are missing: model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         load_offloaded(llama)
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
+from typing_extensions import Self
 
 from torch_to_nnef.exceptions import T2NErrorMisuse
 from torch_to_nnef.tensor.extents import Extents, Scratch, cut, own_memory, read_into, safetensors_extents
@@ -42,18 +43,18 @@ class OffloadedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls: type[OffloadedTensor],
+        cls: type[Self],
         extents: Extents,
         shape: Sequence[int],
         dtypes: Sequence[torch.dtype],
         requires_grad: bool = False,
-    ) -> OffloadedTensor:
+    ) -> Self:
         """Refer to `extents`; nothing is read."""
         tensor = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtypes[-1], device="cpu", requires_grad=requires_grad
         )
         tensor.extents, tensor.dtypes = extents, tuple(dtypes)
-        return cast("OffloadedTensor", tensor)
+        return cast("Self", tensor)
 
     def load(self) -> torch.Tensor:
         """The values as a plain tensor; read in pieces where they are cast, so that they are never there twice."""
