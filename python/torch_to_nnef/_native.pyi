@@ -30,8 +30,8 @@ def q40_quantize_with_scales(data: Bytes, dtype: FloatName, name: str, scales: B
 def q40_dequantize(codes: Bytes, scales: Bytes, dtype: FloatName, data: Bytes) -> None:
     """`data[i] = (code[i] - 8) * scale`, computed in f32 and rounded once to `dtype`."""
 
-def q40_squared_error(codes: Bytes, scales: Bytes, dtype: FloatName, data: Bytes) -> tuple[float, float]:
-    """`(sum of x^2, sum of (value - x)^2)` of the floats `data` and what the planes decode to; sums in f64, the same on any machine."""
+def q40_squared_error(codes: Bytes, scales: Bytes, dtype: FloatName, data: Bytes, shown: FloatName) -> tuple[float, float]:
+    """`(sum of x^2, sum of (value - x)^2)` of the floats `data` and what the planes decode to, rounded once to `shown`; summed in f64."""
 
 def q40_join(codes: Bytes, scales: Bytes, blocks: Bytes) -> None:
     """Interleave planes into GGUF Q4_0 blocks (18 bytes a group of 32: f16 scale, 16 code bytes)."""

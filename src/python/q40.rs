@@ -65,11 +65,12 @@ pub fn q40_squared_error(
     scales: &Bytes<'_>,
     dtype: &str,
     data: &Bytes<'_>,
+    shown: &str,
 ) -> PyResult<(f64, f64)> {
-    let float = float_type(py, dtype)?;
+    let (float, shown) = (float_type(py, dtype)?, float_type(py, shown)?);
     let (codes, scales, data) = (input(codes, "codes")?, input(scales, "scales")?, input(data, "data")?);
     let (codes, scales, data) = (codes.as_slice()?, scales.as_slice()?, data.as_slice()?);
-    native(py, |stop| q40::squared_error(codes, scales, float, data, stop))
+    native(py, |stop| q40::squared_error(codes, scales, float, data, shown, stop))
 }
 
 #[pyfunction]

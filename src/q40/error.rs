@@ -12,13 +12,14 @@ use crate::error::{Error, Result};
 /// Sums that are added to side by side, so that they fill vector registers.
 const LANES: usize = 8;
 
-/// `(sum of x^2, sum of (value - x)^2)` over `data`, where `value` is what the planes decode to, rounded once to `float`.
-/// Differences are taken in f32 and summed in f64, in an order that does not depend on the number of threads.
+/// `(sum of x^2, sum of (value - x)^2)` over `data`, where `value` is what the planes decode to, rounded once to
+/// `shown`. Differences are taken in f32 and summed in f64, in an order that does not depend on the number of threads.
 pub fn squared_error(
     codes: &[u8],
     scales: &[u8],
     float: FloatType,
     data: &[u8],
+    shown: FloatType,
     stop: &AtomicBool,
 ) -> Result<(f64, f64)> {
     check_planes(float, data.len(), codes.len(), scales.len())?;
@@ -34,7 +35,7 @@ pub fn squared_error(
                 if stop.load(Ordering::Relaxed) {
                     return Err(Error::Interrupted);
                 }
-                Ok(dispatch(Tile { codes, scales, float, data, buffers }))
+                Ok(dispatch(Tile { codes, scales, float, data, shown, buffers }))
             },
         )
         .collect::<Result<_>>()?;
@@ -46,6 +47,7 @@ struct Tile<'a> {
     scales: &'a [u8],
     float: FloatType,
     data: &'a [u8],
+    shown: FloatType,
     buffers: &'a mut [[f32; TILE]; 3],
 }
 
@@ -63,7 +65,7 @@ impl Kernel for Tile<'_> {
         let values = &mut decoded[..exact.len()];
         decode(isa, self.codes, scales, values);
         let mut bytes = [0; TILE * 2];
-        let values = match self.float {
+        let values = match self.shown {
             FloatType::F32 => &*values,
             narrow => {
                 let bytes = &mut bytes[..values.len() * narrow.size()];
@@ -112,14 +114,16 @@ mod tests {
                     wanted.1 += f64::from(value - x).powi(2);
                 }
             }
-            let (signal, noise) = squared_error(&codes, &scales, float, &data, &stop).unwrap();
+            let (signal, noise) = squared_error(&codes, &scales, float, &data, float, &stop).unwrap();
+            let (_, unrounded) = squared_error(&codes, &scales, float, &data, FloatType::F32, &stop).unwrap();
+            assert!((unrounded / noise - 1.0).abs() < 0.01);
             assert!((signal / wanted.0 - 1.0).abs() < 1e-12 && (noise / wanted.1 - 1.0).abs() < 1e-12, "{float:?}");
         }
     }
 
     #[test]
     fn lengths_are_checked() {
-        let outcome = squared_error(&[0; 16], &[0; 2], FloatType::F32, &[0; 64], &AtomicBool::new(false));
+        let outcome = squared_error(&[0; 16], &[0; 2], FloatType::F32, &[0; 64], FloatType::F32, &AtomicBool::new(false));
         assert!(matches!(outcome, Err(Error::InvalidArgument(_))), "{outcome:?}");
     }
 }

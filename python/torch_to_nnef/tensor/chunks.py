@@ -5,7 +5,7 @@ from math import gcd
 
 import torch
 
-from torch_to_nnef.tensor.offload import loaded
+from torch_to_nnef.tensor.offload import OffloadedTensor
 
 # Small enough to stay in a cache, and for malloc to find room in what it has.
 MAX_ELEMENTS = 1 << 20
@@ -18,13 +18,16 @@ def flat_chunks(
 
     Every `start` is a multiple of `multiple`, which must divide `tensor.numel()`. Pieces hold about `max_elements`
     elements at most; a non-contiguous tensor is copied a few rows at a time, never as a whole. One that lies on disk is read a piece at
-    a time.
+    a time, and each piece is overwritten by the next.
     """
     tensor = tensor.detach()
+    if isinstance(tensor, OffloadedTensor):
+        yield from tensor.pieces(max(multiple, max_elements // multiple * multiple))
+        return
     if tensor.is_contiguous():
         flat, step = tensor.reshape(-1), max(multiple, max_elements // multiple * multiple)
         for start in range(0, flat.numel(), step):
-            yield start, loaded(flat[start : start + step])
+            yield start, flat[start : start + step]
         return
     row = tensor.numel() // tensor.shape[0]
     aligned_rows = multiple // gcd(row, multiple)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -18,6 +20,7 @@ from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorNotFoun
 
 # As many bytes of JSON as safetensors itself accepts.
 _MAX_HEADER = 100_000_000
+_LARGE = 1 << 20
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -71,7 +74,12 @@ class Scratch(ByteFile):
     """A file without a name in `folder`, that grows; its space is free again when nothing refers to it, however the process ends."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(f"scratch file in {folder}", cast("BinaryIO", tempfile.TemporaryFile(dir=folder, buffering=0)))
+        name = f"scratch file in {folder}"
+        try:
+            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed with its last reader)
+        except OSError as error:
+            raise T2NErrorRuntime(f"cannot make a {name}: {error}") from error
+        super().__init__(name, cast("BinaryIO", file))
 
     def append(self, content: memoryview) -> Extent:
         """Where `content` now lies; raises `T2NErrorRuntime` where the system cannot take it, as on a full disk."""
@@ -116,6 +124,13 @@ def read_into(extents: Sequence[Extent], tensor: torch.Tensor) -> None:
         at += extent.nbytes
 
 
+def own_memory(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """As `torch.empty`, but large ones not from malloc: megabytes that come and go leave holes there, and it grows."""
+    if (nbytes := prod(shape) * dtype.itemsize) < _LARGE:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY), dtype=dtype).view(tuple(shape))
+
+
 def safetensors_extents(path: Path) -> Iterator[tuple[str, Extent, torch.dtype, tuple[int, ...]]]:
     """`(name, extent, dtype, shape)` of each tensor of a safetensors file.
 
@@ -127,19 +142,22 @@ def safetensors_extents(path: Path) -> Iterator[tuple[str, Extent, torch.dtype, 
     file = ByteFile.open(path)
     try:
         header, data = _header(file)
+        header.pop("__metadata__", None)
         for name, about in header.items():
-            if name == "__metadata__":
-                continue
-            (start, stop), shape = about["data_offsets"], tuple(about["shape"])
-            dtype = _DTYPES.get(about["dtype"])
-            if dtype is None:
-                raise ValueError(f"`{name}` has dtype {about['dtype']}, not one of {', '.join(_DTYPES)}")
-            nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
-            if not 0 <= start <= stop <= file.size - data or stop - start != nbytes:
-                raise ValueError(f"`{name}` of shape {list(shape)} cannot lie in bytes {start} to {stop}")
-            yield name, Extent(file, data + start, nbytes), dtype, shape
+            yield name, *_entry(file, data, name, about)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as damage:
         raise T2NErrorInconsistentTensor(f"{path} is no readable safetensors file: {damage}") from damage
+
+
+def _entry(file: ByteFile, data: int, name: str, about: dict[str, Any]) -> tuple[Extent, torch.dtype, tuple[int, ...]]:
+    (start, stop), shape = about["data_offsets"], tuple(about["shape"])
+    if about["dtype"] not in _DTYPES:
+        raise ValueError(f"`{name}` has dtype {about['dtype']}, not one of {', '.join(_DTYPES)}")
+    dtype = _DTYPES[about["dtype"]]
+    nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
+    if not 0 <= start <= stop <= file.size - data or stop - start != nbytes:
+        raise ValueError(f"`{name}` of shape {list(shape)} cannot lie in bytes {start} to {stop}")
+    return Extent(file, data + start, nbytes), dtype, shape
 
 
 def _header(file: ByteFile) -> tuple[dict[str, Any], int]:

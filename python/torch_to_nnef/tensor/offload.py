@@ -12,14 +12,15 @@ from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
+from typing_extensions import Self
 
 from torch_to_nnef.exceptions import T2NErrorMisuse
-from torch_to_nnef.tensor.extents import Extents, Scratch, cut, read_into, safetensors_extents
+from torch_to_nnef.tensor.extents import Extents, Scratch, cut, own_memory, read_into, safetensors_extents
 from torch_to_nnef.torch_internals import pytree, without_torch_function
 
 _aten = torch.ops.aten
 # Elements that are read and cast at a time.
-_PIECE = 4 << 20
+_PIECE = 1 << 20
 
 
 class OffloadedTensor(torch.Tensor):
@@ -42,36 +43,41 @@ class OffloadedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls: type[OffloadedTensor],
+        cls: type[Self],
         extents: Extents,
         shape: Sequence[int],
         dtypes: Sequence[torch.dtype],
         requires_grad: bool = False,
-    ) -> OffloadedTensor:
+    ) -> Self:
         """Refer to `extents`; nothing is read."""
         tensor = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtypes[-1], device="cpu", requires_grad=requires_grad
         )
         tensor.extents, tensor.dtypes = extents, tuple(dtypes)
-        return cast("OffloadedTensor", tensor)
+        return cast("Self", tensor)
 
     def load(self) -> torch.Tensor:
         """The values as a plain tensor; read in pieces where they are cast, so that they are never there twice."""
-        if len(self.dtypes) == 1 or self.numel() <= _PIECE:
-            return self._read()
-        values = torch.empty(self.shape, dtype=self.dtype)
+        values = own_memory(self.shape, self.dtype)
+        if len(self.dtypes) == 1:
+            read_into(self.extents, values)
+            return values
         flat = values.view(-1)
-        for start in range(0, self.numel(), _PIECE):
-            stop = min(start + _PIECE, self.numel())
-            flat[start:stop] = self._part(start, stop, (stop - start,))._read()
+        for start, piece in self.pieces(_PIECE):
+            flat[start : start + len(piece)] = piece
         return values
 
-    def _read(self) -> torch.Tensor:
-        values = torch.empty(self.shape, dtype=self.dtypes[0])
-        read_into(self.extents, values)
-        for dtype in self.dtypes[1:]:
-            values = values.to(dtype)
-        return values
+    def pieces(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """`(start, values)`: the flat tensor, `size` elements at a time; each piece is overwritten by the next."""
+        buffers = [own_memory((min(size, self.numel()),), dtype) for dtype in self.dtypes]
+        width = self.dtypes[0].itemsize
+        for start in range(0, self.numel(), size):
+            stop = min(start + size, self.numel())
+            first, *rest = (buffer[: stop - start] for buffer in buffers)
+            read_into(cut(self.extents, start * width, stop * width), first)
+            for cast_to in rest:
+                first = cast_to.copy_(first)
+            yield start, first
 
     def _derive(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> OffloadedTensor:
         dtypes = self.dtypes if dtype in (None, self.dtype) else (*self.dtypes, cast("torch.dtype", dtype))
@@ -140,6 +146,16 @@ def _read_only(func: object) -> T2NErrorMisuse:
 def loaded(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, read from disk if it lies there."""
     return tensor.load() if isinstance(tensor, OffloadedTensor) else tensor
+
+
+def as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, without the cast from half precision to f32 if it lies on disk: the same values in less memory."""
+    if isinstance(tensor, OffloadedTensor) and tensor.dtypes[1:] == (torch.float32,) and tensor.dtypes[0] in _HALVES:
+        return OffloadedTensor(tensor.extents, tensor.shape, tensor.dtypes[:1])
+    return tensor
+
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 # -- what is done without reading: each gives None where it is not

@@ -19,7 +19,8 @@ from torch_to_nnef.exceptions import (
     T2NErrorInvalidArgument,
 )
 from torch_to_nnef.tensor.chunks import flat_chunks
-from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
+from torch_to_nnef.tensor.extents import own_memory
+from torch_to_nnef.tensor.offload import OffloadedTensor, as_stored, loaded
 from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import GROUP, NibblePacking, U8Compressor
 
@@ -197,14 +198,16 @@ class QTensorTractScaleOnly(QTensorTract):
 
     def squared_error(self, exact: torch.Tensor) -> tuple[float, float]:
         """As `QTensor.squared_error`, in one pass."""
-        if self.dtype != exact.dtype or exact.dtype not in _NATIVE_DTYPES:
+        if self.dtype != exact.dtype or self.dtype not in _NATIVE_DTYPES:
             return super().squared_error(exact)
         planes = [plane.cpu() for plane in self.planes()]
         signal = noise = 0.0
         for start, values, dtype in _native_chunks(exact):
             stop = start + len(values)
             codes, scales = (loaded(p[start // n : stop // n]) for p, n in zip(planes, (2, GROUP), strict=True))
-            sums = _native.q40_squared_error(_bytes(codes), _bytes(scales), dtype, _bytes(values))
+            sums = _native.q40_squared_error(
+                _bytes(codes), _bytes(scales), dtype, _bytes(values), _NATIVE_DTYPES[self.dtype]
+            )
             signal, noise = signal + sums[0], noise + sums[1]
         return signal, noise
 
@@ -314,8 +317,8 @@ def quantize_q40(
         )
     if reason := q40_shape_reason(fp_tensor.shape):
         raise T2NErrorImpossibleQuantization(f"{what}: {reason}. Leave it out of the quantization")
-    codes = torch.empty(fp_tensor.numel() // 2, dtype=torch.uint8)
-    scale = torch.empty(fp_tensor.numel() // GROUP, 1, dtype=torch.float16)
+    codes = own_memory((fp_tensor.numel() // 2,), torch.uint8)
+    scale = own_memory((fp_tensor.numel() // GROUP, 1), torch.float16)
     for start, values, dtype in _native_chunks(fp_tensor):
         stop = start + len(values)
         part = name if len(values) == fp_tensor.numel() else f"{name} (from flat index {start})"
@@ -385,12 +388,15 @@ def _is_q40(scheme: QScalePerGroupF16) -> bool:
 
 
 def _native_chunks(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, _native.FloatName]]:
-    """Yield `(start, values, dtype name)`: the whole tensor where native code can read it, else bounded pieces."""
+    """Yield `(start, values, dtype name)`: the whole tensor where native code can read it, else bounded pieces.
+
+    Values are those of `tensor`; their dtype may be a narrower one that holds them.
+    """
     native = tensor.dtype in _NATIVE_DTYPES
     if native and tensor.is_contiguous() and tensor.device.type == "cpu" and not isinstance(tensor, OffloadedTensor):
         yield 0, tensor.detach().reshape(-1), _NATIVE_DTYPES[tensor.dtype]
         return
-    for start, values in flat_chunks(tensor, GROUP):
+    for start, values in flat_chunks(as_stored(tensor), GROUP):
         known = values.cpu() if native else values.to("cpu", torch.float32)
         yield start, known, _NATIVE_DTYPES[known.dtype]
 
