@@ -88,6 +88,15 @@ def test_half_precision_has_bounds_of_its_own():
     assert not compare_generation(*sides, [0], 1, APPROXIMATE, torch.float32).ok
 
 
+def test_logits_may_rule_tokens_out_but_must_be_numbers():
+    sure = [[0, -np.inf], [0, -np.inf]]
+    assert compare_generation(Table(sure), Table(sure), [0], 3, APPROXIMATE).max_logit_error == 0
+    assert compare_generation(Table(sure), Table([[0, -9]] * 2), [0], 3, APPROXIMATE).max_logit_error == np.inf
+    broken = [[np.nan, np.nan]] * 2
+    assert not compare_generation(Table([[0, 0]] * 2), Table(broken), [0], 3, APPROXIMATE).ok
+    assert not compare_generation(Table(broken), Table(broken), [0], 3, APPROXIMATE).ok
+
+
 @pytest.mark.parametrize("logits", [0, None])
 def test_archives_that_give_more_logits_generate_too(logits, exported):
     model = trained_model()
