@@ -12,7 +12,13 @@ from trained import archive_in, export, form_of, signature_of, trained_model
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.inference_target import TractCheckTolerance
-from torch_to_nnef.llm_tract.generation import TorchSteps, compare_generation
+from torch_to_nnef.llm_tract.generation import (
+    Difference,
+    GenerationComparison,
+    TorchSteps,
+    compare_generation,
+    texts,
+)
 from torch_to_nnef.llm_tract.steps import TractSteps, run_ahead
 
 APPROXIMATE = TractCheckTolerance.APPROXIMATE
@@ -53,6 +59,18 @@ def test_tract_writes_what_torch_writes(method, exported):
     assert run_ahead(reference, PROMPT, 32)[0] == list(compared.tokens)
     if method is None:
         assert tiny_tokenizer().decode(compared.tokens).startswith(" Paris. The capital of Italy is Rome")
+
+
+def test_texts_are_shown_side_by_side():
+    tokens = tuple(tiny_tokenizer()(" Paris. The")["input_ids"])
+    differing = Difference(1, (tokens[1], tokens[0]), (1, 0), (0, 1), tie=True)
+    compared = GenerationComparison(tuple(PROMPT), tokens, (differing,), 0.0, APPROXIMATE)
+    section = texts(tiny_tokenizer(), compared, before=tokens[:2])
+    assert section.title == "Texts after 'The capital of France is'"
+    decode = tiny_tokenizer().decode
+    shown = [("float torch", decode(tokens[:2])), ("torch", " Paris. The"), ("tract", decode([tokens[0], tokens[0]]))]
+    assert section.rows == tuple(shown)
+    assert [row[0] for row in texts(tiny_tokenizer(), compared).rows] == ["torch", "tract"]
 
 
 def test_forced_steps_go_on_with_the_token_of_torch():

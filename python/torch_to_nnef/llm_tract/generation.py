@@ -13,6 +13,7 @@ import torch
 from torch_to_nnef.inference_target import Tolerance, TractCheckTolerance
 from torch_to_nnef.llm_tract.causal import Signature, as_step
 from torch_to_nnef.llm_tract.steps import run_ahead
+from torch_to_nnef.report.data import Section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,9 +151,16 @@ def compare_generation(
     return GenerationComparison(tuple(prompt), tuple(tokens), tuple(differences), worst, tolerance)
 
 
-def _distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+def texts(tokenizer: Any, compared: GenerationComparison, before: Sequence[int] = ()) -> Section:
+    """What was generated, as text; `before`: tokens of the float model, from before its weights changed. tokenizer: of transformers."""
+    forms = {"float torch": before, "torch": compared.tokens, "tract": compared.tract_tokens}
+    rows = [(name, tokenizer.decode(list(tokens))) for name, tokens in forms.items() if tokens]
+    return Section(f"Texts after {tokenizer.decode(list(compared.prompt))!r}", ("model", "text"), tuple(rows))
+
+
+def _distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """The largest; none between infinities of the same sign, which stand for tokens that never come."""
-    return np.abs(np.subtract(a, b, out=np.zeros_like(a), where=a != b)).max()
+    return float(np.abs(np.subtract(a, b, out=np.zeros_like(a), where=a != b)).max())
 
 
 def _difference(
