@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from tiny import TEMPLATE, TEXT, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer
 from trained import export
 
 from torch_to_nnef.exceptions import (
@@ -37,6 +38,18 @@ def llm(exported):
 def _anew(request):
     if "llm" in request.fixturenames:
         request.getfixturevalue("llm").reset()
+
+
+def test_neither_torch_nor_transformers_is_needed(exported):
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("torch", "transformers"))  # importing them fails
+from torch_to_nnef.llm_tract import TractLLM
+print("".join(TractLLM(sys.argv[1]).generate([{"role": "user", "content": "Capital of Italy?"}])))
+"""
+    command = [sys.executable, "-c", code, str(exported())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "Rome is 🏛 it.\n"), done.stderr
 
 
 def test_text_comes_in_whole_characters(llm):
@@ -212,6 +225,7 @@ def test_chat_templates_do_what_transformers_promises(exported, tmp_path):
         "{%- for m in messages %}\n    {%- if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
         "    {%- if loop.index > 1 %}{% break %}{% endif %}\n"
         "    {%- generation %}{{ m | tojson }}{% endgeneration %}\n{%- endfor %}{{ eos_token }}{{ strftime_now('%%') }}"
+        "{%- if tools is not none or documents is not none %}tools{% endif %}"
     )
     tokenizer = TextTokenizer(folder)
     said = tokenizer.encode_chat([{"role": "user", "content": "<é>"}, *ITALY])
@@ -223,6 +237,25 @@ def test_chat_templates_do_what_transformers_promises(exported, tmp_path):
         TextTokenizer(folder).encode_chat(ITALY)
     (folder / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(T2NErrorInvalidArgument, match="chat template cannot be read"):
+        TextTokenizer(folder)
+
+
+def test_files_that_transformers_reads_in_another_way(exported, tmp_path):
+    """Truncation and padding are for training; a tokenizer may be of a kind that is no `tokenizer.json`; text must be Unicode."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(exported() / "tokenizer", folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert TextTokenizer(folder).encode(TEXT) == tiny_tokenizer()(TEXT)["input_ids"]
+    with pytest.raises(T2NErrorInvalidArgument, match="is no text"):
+        TextTokenizer(folder).encode("a\udc80b")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(T2NErrorInvalidArgument, match="is no tokenizer"):
+        TextTokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(T2NErrorNotFoundFile, match="only transformers reads"):
         TextTokenizer(folder)
 
 
@@ -277,6 +310,15 @@ def test_a_model_without_chat_template_goes_on(exported, tmp_path):
     assert said.startswith("Paris")
     assert "no chat template" in noted
     assert "cut at --max-new-tokens" in noted
+
+
+def test_bytes_that_are_no_text_are_marked(exported):
+    pipe = subprocess.PIPE
+    with chat(exported(), "--max-new-tokens", "2", stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        process.stdin.buffer.write(b"a\xffb\n")
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert said.endswith("\n")
 
 
 def test_errors_of_chat_are_a_line_and_exit_code_2(tmp_path):
