@@ -12,7 +12,13 @@ from trained import archive_in, export, form_of, signature_of, trained_model
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.inference_target import TractCheckTolerance
-from torch_to_nnef.llm_tract.generation import TorchSteps, compare_generation
+from torch_to_nnef.llm_tract.generation import (
+    Difference,
+    GenerationComparison,
+    TorchSteps,
+    compare_generation,
+    texts,
+)
 from torch_to_nnef.llm_tract.steps import TractSteps, run_ahead
 
 APPROXIMATE = TractCheckTolerance.APPROXIMATE
@@ -55,6 +61,18 @@ def test_tract_writes_what_torch_writes(method, exported):
         assert tiny_tokenizer().decode(compared.tokens).startswith(" Paris. The capital of Italy is Rome")
 
 
+def test_texts_are_shown_side_by_side():
+    tokens = tuple(tiny_tokenizer()(" Paris. The")["input_ids"])
+    differing = Difference(1, (tokens[1], tokens[0]), (1, 0), (0, 1), tie=True)
+    compared = GenerationComparison(tuple(PROMPT), tokens, (differing,), 0.0, APPROXIMATE)
+    section = texts(tiny_tokenizer(), compared, before=tokens[:2])
+    assert section.title == "Texts after 'The capital of France is'"
+    decode = tiny_tokenizer().decode
+    shown = [("float torch", decode(tokens[:2])), ("torch", " Paris. The"), ("tract", decode([tokens[0], tokens[0]]))]
+    assert section.rows == tuple(shown)
+    assert [row[0] for row in texts(tiny_tokenizer(), compared).rows] == ["torch", "tract"]
+
+
 def test_forced_steps_go_on_with_the_token_of_torch():
     torch_side = Table([[0, 9, 0], [0, 0, 9], [9, 0, 0]])  # 0 1 2 0 1 2
     tract_side = Table([[0, 9, 0], [0, 0, 9], [7, 8, 0]])  # after 2 comes 1
@@ -86,6 +104,15 @@ def test_half_precision_has_bounds_of_its_own():
     sides = Table([[8, 7.95]] * 2), Table([[7.95, 8]] * 2)  # f16: 1e-3 + 5e-3 * 8 a side
     assert compare_generation(*sides, [0], 1, APPROXIMATE, torch.float16).ok
     assert not compare_generation(*sides, [0], 1, APPROXIMATE, torch.float32).ok
+
+
+def test_logits_may_rule_tokens_out_but_must_be_numbers():
+    sure = [[0, -np.inf], [0, -np.inf]]
+    assert compare_generation(Table(sure), Table(sure), [0], 3, APPROXIMATE).max_logit_error == 0
+    assert compare_generation(Table(sure), Table([[0, -9]] * 2), [0], 3, APPROXIMATE).max_logit_error == np.inf
+    broken = [[np.nan, np.nan]] * 2
+    assert not compare_generation(Table([[0, 0]] * 2), Table(broken), [0], 3, APPROXIMATE).ok
+    assert not compare_generation(Table(broken), Table(broken), [0], 3, APPROXIMATE).ok
 
 
 @pytest.mark.parametrize("logits", [0, None])

@@ -13,7 +13,7 @@ from trained import archive_in, form_of, signature_of, trained_model
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotFoundFile
 from torch_to_nnef.llm_tract.generation import TorchSteps
 from torch_to_nnef.llm_tract.quality import FloatReference
-from torch_to_nnef.llm_tract.steps import TractSteps
+from torch_to_nnef.llm_tract.steps import TractSteps, run_ahead
 from torch_to_nnef.llm_tract.texts import windows
 
 TOKENIZER = tiny_tokenizer()
@@ -66,9 +66,9 @@ def test_all_forms_are_measured_as_torch_would(text, exported):
     model, work, archive = trained_model(), form_of(method), archive_in(exported(method))
     signature = signature_of(model)
     with FloatReference(TorchSteps(model, signature), text, TOKENIZER, 400) as reference:
-        in_torch = reference.measure("quantized torch", TorchSteps(work, signature), 100, [5, 6])
-        in_tract = reference.measure("tract", TractSteps(archive), 100, [5, 6])
-        quality = reference.quality(in_torch, in_tract)
+        forms = ("quantized torch", TorchSteps(work, signature), 100), ("tract", TractSteps(archive), 200)
+        quality = reference.quality(forms)
+    _, in_torch, in_tract = quality.rows
     losses, divergences, same = [], [], []
     with torch.no_grad():
         for window in text.ids:
@@ -87,7 +87,10 @@ def test_all_forms_are_measured_as_torch_would(text, exported):
         assert row.top1_same == pytest.approx(same.double().mean().item(), abs=1e-12)
     assert floats < quants
     assert 1e-3 < in_tract.kl_mean < in_tract.kl_max
-    assert reference.row.answer.startswith(" Paris. The capital")
+    assert quality.rows[0].answer.startswith(" Paris. The capital")
+    tokens, _ = run_ahead(TorchSteps(work, signature), TOKENIZER("The capital of France is")["input_ids"], 16)
+    assert in_torch.answer == in_tract.answer == TOKENIZER.decode(tokens, skip_special_tokens=True)
+    assert [row.nbytes for row in quality.rows] == [400, 100, 200]
     section = quality.section()
     assert section.title == "What it costs in words: 87 tokens of text.txt, the rest of it left out"
     assert [row[0] for row in section.rows] == ["float torch", "quantized torch", "tract"]
@@ -113,14 +116,17 @@ def test_tokens_that_have_no_chance_diverge_without_bound(text):
 
         def reset(self): ...
 
+        def keep(self, count): ...
+
         def feed(self, ids, *, every=False):
             logits = np.full((len(ids), 320), -np.inf, np.float32)
             logits[:, self.likeliest] = 0
             return logits
 
     with FloatReference(Sure(3), text, TOKENIZER, 1) as reference:
-        same, other = (reference.measure("", Sure(token), 1, []) for token in (3, 4))
-        data = reference.quality(same, other).to_dict()
+        quality = reference.quality([("", Sure(token), 1) for token in (3, 4)])
+    _, same, other = quality.rows
+    data = quality.to_dict()
     assert (same.kl_mean, other.kl_mean) == (0.0, math.inf)
     assert data["rows"][2]["kl_max"] == "inf"
     assert data["rows"][0]["perplexity"] == "inf"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import closing, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,7 +84,7 @@ def _talk(conversation: Conversation) -> None:
     interactive = sys.stdin.isatty()
     if not conversation.model.tokenizer.chats:
         _note("the model has no chat template: it goes on from your text as it is")
-    for line in _typed() if interactive else map(str.strip, sys.stdin):
+    for line in _typed() if interactive else _piped():
         if line == "/exit":
             return
         if line == "/reset":
@@ -104,12 +105,20 @@ def _talk(conversation: Conversation) -> None:
 
 def _typed() -> Iterator[str]:
     """Lines from the terminal until its end, which is Ctrl-D."""
-    import readline  # noqa: F401 (gives `input` a history)
-
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` a history; Windows has its own)
+    prompt = "> " if sys.stdout.isatty() else ""  # stdout is for answers when it leads elsewhere
     with suppress(EOFError):
         while True:
-            yield input("> ").strip()
+            yield input(prompt).strip()
     _note("")
+
+
+def _piped() -> Iterator[str]:
+    """Lines of a pipe; bytes that are no text are marked rather than refused."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    yield from map(str.strip, sys.stdin)
 
 
 def _print(pieces: Generator[str, None, None]) -> None:

@@ -15,7 +15,7 @@ from torch_to_nnef.exceptions import T2NError, T2NErrorIOPytorchTractNotISO
 from torch_to_nnef.log import LOGGER, at_level
 
 # Modules of the extra `llm`.
-_EXTRA = {"accelerate", "gguf", "huggingface_hub", "peft", "sentencepiece", "tokenizers", "transformers"}
+_EXTRA = {"accelerate", "gguf", "huggingface_hub", "jinja2", "peft", "sentencepiece", "tokenizers", "transformers"}
 
 
 class Outcome(IntEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from torch_to_nnef.inference_target import Tolerance, TractCheckTolerance
 from torch_to_nnef.llm_tract.causal import Signature, as_step
 from torch_to_nnef.llm_tract.steps import run_ahead
+from torch_to_nnef.report.data import Section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,8 +79,8 @@ class GenerationComparison:
 
     @property
     def ok(self) -> bool:
-        """The tokens are equal, or differ only where torch itself saw a tie within the tolerance."""
-        return all(difference.tie for difference in self.differences)
+        """The tokens are equal, or differ only where torch itself saw a tie within the tolerance; and all logits are numbers."""
+        return all(difference.tie for difference in self.differences) and not math.isnan(self.max_logit_error)
 
     @property
     def tract_tokens(self) -> tuple[int, ...]:
@@ -138,7 +140,7 @@ def compare_generation(
         drafts, actual = run_ahead(archive, pending, count - len(tokens))
         expected = reference.feed([*pending, *drafts[:-1]], every=True)[-len(drafts) :]
         for in_torch, in_tract, draft in zip(expected, actual, drafts, strict=True):
-            worst = max(worst, float(np.abs(in_torch - in_tract).max()))
+            worst = float(np.maximum(worst, _distance(in_torch, in_tract)))
             tokens.append(int(in_torch.argmax()))
             if tokens[-1] != draft:
                 differences.append(_difference(len(tokens) - 1, (tokens[-1], draft), in_torch, in_tract, bounds))
@@ -147,6 +149,18 @@ def compare_generation(
             steps.keep(len(prompt) + len(tokens) - 1)
         pending = tokens[-1:]
     return GenerationComparison(tuple(prompt), tuple(tokens), tuple(differences), worst, tolerance)
+
+
+def texts(tokenizer: Any, compared: GenerationComparison, before: Sequence[int] = ()) -> Section:
+    """What was generated, as text; `before`: tokens of the float model, from before its weights changed. tokenizer: of transformers."""
+    forms = {"float torch": before, "torch": compared.tokens, "tract": compared.tract_tokens}
+    rows = [(name, tokenizer.decode(list(tokens))) for name, tokens in forms.items() if tokens]
+    return Section(f"Texts after {tokenizer.decode(list(compared.prompt))!r}", ("model", "text"), tuple(rows))
+
+
+def _distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """The largest; none between infinities of the same sign, which stand for tokens that never come."""
+    return float(np.abs(np.subtract(a, b, out=np.zeros_like(a), where=a != b)).max())
 
 
 def _difference(

@@ -68,7 +68,8 @@ class TractLLM:
         modes = _modes(root)
         files, said = modes.get("files", {}), modes.get("model", {})
         self.tokenizer = TextTokenizer(root / (files.get("tokenizer") or "tokenizer"))
-        self._steps = TractSteps(TractModel.load(root / files.get("archive", "model/model.nnef.tgz")))
+        archive = root / files.get("archive", "model/model.nnef.tgz")
+        self._steps = TractSteps(TractModel.load(archive, threads=threads))
         self.context: int | None = said.get("context")
         """Most tokens, past and new, that the model takes; None if nothing bounds it."""
         self.eos_ids = frozenset([*said.get("eos_token_ids", ()), *self.tokenizer.eos_ids])

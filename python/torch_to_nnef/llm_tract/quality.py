@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torch_to_nnef.inference_target import TractCheckTolerance
+from torch_to_nnef.llm_tract.generation import compare_generation
 from torch_to_nnef.llm_tract.steps import run_ahead
 from torch_to_nnef.llm_tract.texts import QUESTION
 from torch_to_nnef.report.data import Section
@@ -74,14 +76,27 @@ class FloatReference:
     def __init__(self, steps: Steps, windows: Windows, tokenizer: Any, nbytes: int, name: str = "float torch") -> None:
         """`steps` of the float model, whose weights have `nbytes` bytes; `tokenizer` of transformers."""
         self._windows, self._tokenizer = windows, tokenizer
+        self._question: list[int] = tokenizer(QUESTION)["input_ids"]
         self._file = tempfile.TemporaryFile(prefix="t2n-logits-")  # noqa: SIM115 (closed by close)
         scores = _Scores()
         for logits, following in _predictions(steps, windows):
             self._file.write(logits.tobytes())
             scores.add(logits, following)
         steps.reset()
-        answer, _ = run_ahead(steps, tokenizer(QUESTION)["input_ids"], _ANSWER)
+        answer, _ = run_ahead(steps, self._question, _ANSWER)
         self.row = QualityRow(name, scores.perplexity, nbytes, self._text(answer))
+
+    def quality(self, forms: Sequence[tuple[str, Steps, int]]) -> Quality:
+        """Measure other forms of the model, of each a name, steps and bytes of weights; the quickest last, since it answers ahead."""
+        *others, (_, quick, _) = forms
+        tolerance = TractCheckTolerance.EXACT  # of no effect on the tokens
+        answers = [
+            compare_generation(steps, quick, self._question, _ANSWER, tolerance).tokens for _, steps, _ in others
+        ]
+        quick.reset()
+        answers.append(tuple(run_ahead(quick, self._question, _ANSWER)[0]))
+        rows = [self.measure(*form, answer) for form, answer in zip(forms, answers, strict=True)]
+        return Quality(self._windows.name, self._windows.count, self._windows.left_out, (self.row, *rows))
 
     def measure(self, name: str, steps: Steps, nbytes: int, answer: Sequence[int]) -> QualityRow:
         """How `steps`, with `nbytes` bytes of weights, predicts the same text; `answer`: tokens it generates after `QUESTION`."""
@@ -93,12 +108,8 @@ class FloatReference:
         same = scores.same / len(scores.divergences)
         return QualityRow(name, scores.perplexity, nbytes, self._text(answer), mean, worst, same)
 
-    def quality(self, *rows: QualityRow) -> Quality:
-        """The float model and what `measure` found of others."""
-        return Quality(self._windows.name, self._windows.count, self._windows.left_out, (self.row, *rows))
-
     def _text(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(tokens[:_ANSWER]), skip_special_tokens=True)
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
     def close(self) -> None:

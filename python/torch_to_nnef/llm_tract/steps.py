@@ -57,33 +57,30 @@ class TractSteps:
                 f"the archive takes no fewer than {logits.shape[1]} tokens at a time, since it was exported with "
                 f"--num-logits-to-keep {logits.shape[1]}; export it with 1 or `dynamic` to generate text"
             )
-        self._model = model
+        self._session = model.session({name: name.replace(_IN, _OUT) for name in names if name.startswith(_IN)})
         self._asks_positions = "logits_to_keep" in names
+        self._length = 0
         self.gives_every = not isinstance(logits.shape[1], int)
         """The archive can give logits of every position."""
-        self._empty = {
-            fact.name: np.zeros([size if isinstance(size, int) else 0 for size in fact.shape], fact.dtype)
-            for fact in model.inputs
-            if fact.name.startswith(_IN)
-        }
-        self.reset()
 
     def reset(self) -> None:
-        """Forget what was fed."""
-        self._caches = self._empty
+        """See `Steps.reset`."""
+        self._session.reset()
+        self._length = 0
+
+    def keep(self, count: int) -> None:
+        """See `Steps.keep`."""
+        if count < self._length:
+            self._session.load_state({name: cache[:, :, :count] for name, cache in self._session.state().items()})
+            self._length = count
 
     def feed(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
         """See `Steps.feed`; where the archive gives only the last logits, `every` feeds one token at a time."""
         if every and not self.gives_every:
             return np.concatenate([self.feed([token]) for token in ids])
-        given: dict[str, Any] = {"input_ids": np.asarray([ids], np.int64)}
+        given: dict[str, NDArray[Any]] = {"input_ids": np.asarray([ids], np.int64)}
         if self._asks_positions:
-            given["logits_to_keep"] = np.arange(0 if every else len(ids) - 1, len(ids))
-        outputs = self._model.run(**given, **self._caches)
-        self._caches = {name: outputs[name.replace(_IN, _OUT)] for name in self._caches}
-        rows: NDArray[np.float32] = outputs["outputs"][0].astype(np.float32)
+            given["logits_to_keep"] = np.arange(0 if every else len(ids) - 1, len(ids), dtype=np.int64)
+        rows: NDArray[np.float32] = self._session.run(**given)["outputs"][0].astype(np.float32)
+        self._length += len(ids)
         return rows
-
-    def keep(self, count: int) -> None:
-        """See `Steps.keep`."""
-        self._caches = {name: cache[:, :, :count] for name, cache in self._caches.items()}

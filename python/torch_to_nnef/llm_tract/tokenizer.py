@@ -26,16 +26,20 @@ class TextTokenizer:
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
 
-        path = folder / "tokenizer.json"
+        path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
         if not path.is_file():
-            raise T2NErrorNotFoundFile(
-                f"no tokenizer at {str(path)!r}: export with --dump-with-tokenizer-and-conf, or copy the model's tokenizer there"
+            instead = (
+                "its tokenizer is of a kind that only transformers reads: encode and decode with it, and run the archive with TractModel"
+                if config
+                else "export with --dump-with-tokenizer-and-conf, or copy the model's tokenizer there"
             )
+            raise T2NErrorNotFoundFile(f"no tokenizer at {str(path)!r}: {instead}")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # what tokenizers raises has no other class
             raise T2NErrorInvalidArgument(f"{str(path)!r} is no tokenizer: {error}") from error
-        config = read_json(folder / "tokenizer_config.json")
+        self._tokenizer.no_truncation()  # what the files say of these is for training
+        self._tokenizer.no_padding()
         self._named = {name: _content(config[name]) for name in _SPECIAL if config.get(name)}
         self._template = _template(folder, config)
 
@@ -52,9 +56,11 @@ class TextTokenizer:
         return () if found is None else (found,)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text from its beginning, with what the model expects before it."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+        """Tokens of a text from its beginning, with what the model expects before it.
+
+        Raises `T2NErrorInvalidArgument` for text that is no Unicode (lone surrogates).
+        """
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a conversation, up to where the answer to its last message begins.
@@ -67,12 +73,13 @@ class TextTokenizer:
         from jinja2 import TemplateError
 
         try:
-            text = self._template.render(messages=list(messages), add_generation_prompt=True, **self._named)
+            text = self._template.render(
+                messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **self._named
+            )
         except TemplateError as error:
             raise T2NErrorInvalidArgument(f"the chat template refuses these messages: {error}") from error
         # The template says all special tokens itself.
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(text, add_special_tokens=False)
 
     def decode(self, before: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
         """Text of `tokens`, which follow `before`, as soon as characters are whole; special tokens have none."""
@@ -82,6 +89,13 @@ class TextTokenizer:
         for token in tokens:
             if piece := stream.step(self._tokenizer, token):
                 yield piece
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise T2NErrorInvalidArgument(f"{text!r} is no text: {error}") from error
+        return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:
