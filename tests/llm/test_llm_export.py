@@ -155,7 +155,9 @@ def failing(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("step", ["call_method", "write_archive", "verify_scenarios", "compare_generation", "model_card"])
+@pytest.mark.parametrize(
+    "step", ["call_method", "write_archive", "verify_scenarios", "compare_generation", "model_card"]
+)
 def test_nothing_is_left_of_an_export_that_ends_early(checkpoint, tmp_path, monkeypatch, step):
     monkeypatch.setattr(llm_export, step, failing)
     with pytest.raises(KeyboardInterrupt):

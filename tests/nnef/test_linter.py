@@ -13,6 +13,7 @@ from torch_to_nnef.tensor.quant import quantize_q40
 
 X = Ref("x", (2, 64), torch.float32)
 W = Ref("w", (64, 64), torch.float32, "w")
+STACK, NARROW = Ref("w", (2, 32, 64), torch.float32, "w"), Ref("w", (2, 64, 16), torch.float32, "w")
 POINT = Ref("w", (64, 64, 1, 1), torch.float32, "w")
 
 
@@ -31,6 +32,8 @@ LEGAL = [
     ("conv", (X, W), {}),
     ("tract_core_gather", (W, X), {"axis": 0, "datum_type": "f32"}),
     ("squeeze", (POINT,), {"axes": [2, 3]}),
+    ("tract_moe_ffn", (X, Ref("r", (2, 64), torch.float32), STACK, STACK, STACK), {"expert_layout": "linear"}),
+    ("tract_core_einsum", ([STACK, X],), {"expr": "enk,ak->ean", "acc": "f32"}),
 ]
 ILLEGAL = [
     ("tract_core_einsum", ([W, X],), {"expr": "kn,ak->an", "acc": "f32"}),
@@ -54,6 +57,10 @@ ILLEGAL = [
     ("concat", ([W, X],), {"axis": 0}),
     ("tract_core_einsum", ([replace(W, transposed=True), X],), {"expr": "nk,ak->an", "acc": "f32"}),
     ("matmul", (replace(W, transposed=True), X), {}),
+    ("tract_moe_ffn", (X, W, STACK, STACK, STACK), {"expert_layout": "linear"}),
+    ("tract_moe_ffn", (X, Ref("r", (2, 64), torch.float32), STACK, STACK, STACK), {"expert_layout": "canonical"}),
+    ("tract_moe_ffn", (X, Ref("r", (2, 64), torch.float32), NARROW, NARROW, NARROW), {"expert_layout": "linear"}),
+    ("tract_core_einsum", ([NARROW, X],), {"expr": "enk,ak->ean", "acc": "f32"}),
     ("tract_core_scan", ("body", [("x", X, 0, 1)], [("w", W)], [("h", X, "y")], [("y", "full", 0, 1)]), {}),
 ]
 

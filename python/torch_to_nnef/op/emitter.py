@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch_to_nnef.graph.tdim import same_everywhere
 from torch_to_nnef.op.dtypes import check_storable, tract_dtype
 from torch_to_nnef.op.sizes import size
 from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
+from torch_to_nnef.tensor.chunks import rows_of
 from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly
 from torch_to_nnef.torch_internals import pytree
 
@@ -100,11 +102,8 @@ class Emitter:
     def rows(self, weight: Ref, start: int, length: int, name: str) -> Ref:
         """Some rows of a weight, or of each matrix in a stack of them, stored on their own as `name`: tract cuts no packed weight."""
         tensor, stop = self._weights(weight.fqn or ""), start + length
-        part = (
-            tensor.rows(start, stop)
-            if isinstance(tensor, QTensorTractScaleOnly)
-            else tensor.detach()[..., start:stop, :]
-        )
+        cut = tensor.rows if isinstance(tensor, QTensorTractScaleOnly) else partial(rows_of, tensor)
+        part = cut(start, stop)
         label = f"{weight.fqn}.{name}"
         ref = replace(weight, id=self._fresh(None, label), shape=tuple(part.shape))
         self.variables[ref.id] = Variable(ref.id, label, part)

@@ -34,3 +34,10 @@ def flat_chunks(
     rows = max(1, max_elements // (row * aligned_rows)) * aligned_rows
     for first in range(0, tensor.shape[0], rows):
         yield first * row, tensor[first : first + rows].reshape(-1).contiguous()
+
+
+def rows_of(stack: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a matrix, or of each in a stack of them: a view; of a tensor on disk, one of its files."""
+    if isinstance(stack, OffloadedTensor) and stack.dim() == 3:
+        return torch.stack([stack[i][start:stop] for i in range(stack.shape[0])])
+    return stack.detach()[..., start:stop, :]

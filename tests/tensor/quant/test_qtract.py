@@ -197,6 +197,19 @@ def test_other_engines_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("codecs", [None, (Lzma(),)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 64), (3, 6, 32)])
+def test_rows_are_cut_packed(shape, codecs):
+    fp = weight(*shape)
+    q = QTensorTractScaleOnly(fp, quantize_q40(fp).qscheme, torch.float16, codecs)
+    rows = q.rows(1, 4)
+    assert rows.is_identical(quantize_q40(fp[..., 1:4, :].contiguous()))
+    assert rows.dtype == torch.float16
+    assert q.offload().rows(1, 4).offload().is_identical(rows)
+    with pytest.raises(T2NErrorInvalidArgument, match="groups of 32 cross its rows of 16"):
+        quantize_q40(weight(4, 2, 16)).rows(0, 1)
+
+
 def test_alias_module():
     assert alias.QTensorTractScaleOnly is qtract.QTensorTractScaleOnly
 

@@ -18,7 +18,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
 )
-from torch_to_nnef.tensor.chunks import flat_chunks
+from torch_to_nnef.tensor.chunks import flat_chunks, rows_of
 from torch_to_nnef.tensor.extents import own_memory
 from torch_to_nnef.tensor.offload import OffloadedTensor, as_stored, loaded
 from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QScalePerGroupF16, QScheme, QTensor
@@ -145,7 +145,7 @@ class QTensorTractScaleOnly(QTensorTract):
         *stack, rows, width = self.stored_shape
         if width % GROUP:
             raise T2NErrorInvalidArgument(f"{self!r}: groups of {GROUP} cross its rows of {width}")
-        codes, scales = (plane.reshape(*stack, rows, -1)[..., start:stop, :].reshape(-1) for plane in self.planes())
+        codes, scales = (rows_of(plane.view(*stack, rows, -1), start, stop).reshape(-1) for plane in self.planes())
         scheme = QScalePerGroupF16(GROUP, scales.reshape(-1, 1), n_bits=4)
         return QTensorTractScaleOnly.from_packed(codes, (*stack, stop - start, width), scheme, self.dtype, _PACKING)
 
