@@ -19,6 +19,13 @@ _GROUPED = _ALL | {"num_key_value_heads": 2}
 _HEADS = _GROUPED | {"head_dim": 16}
 _ALTERNATING = _HEADS | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _GEMMA = _ALTERNATING | {"query_pre_attn_scalar": 24}
+_SHARING = _ALTERNATING | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
 _LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16}
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -77,7 +84,12 @@ FAMILIES = {
         "Gemma3",
         {"text_config": _GEMMA, "vision_config": _VISION, "mm_tokens_per_image": 4},
     ),
+    "gemma3n, text (shared caches, sparse)": (
+        "Gemma3nText",
+        _SHARING | {"laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0]},
+    ),
     "gemma4, text": ("Gemma4Text", _ALTERNATING | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}),
+    "gemma4, text (shared caches)": ("Gemma4Text", _SHARING | {"global_head_dim": 16}),
     "vaultgemma": ("VaultGemma", _GEMMA),
     "gpt2 (Conv1D)": ("GPT2", _GPT),
     "gpt-bigcode": ("GPTBigCode", _GPT),

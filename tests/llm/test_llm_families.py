@@ -166,6 +166,7 @@ def test_a_model_that_turns_a_size_into_a_number_is_refused(llama, tmp_path):
 def test_signatures():
     assert step_signature(config_of("llama")).layers == ((2, 16, 16),) * 2
     assert step_signature(config_of("gemma3 (two rotaries, qk norm)")).layers == ((2, 16, 16),) * 2
+    assert step_signature(config_of("gemma4, text (shared caches)")).layers == ((2, 16, 16),) * 2
     assert step_signature(config_of("falcon (multi-query)")).layers == ((1, 16, 16),) * 2
     assert step_signature(config_of("deepseek-v3, dense (latent keys)")).layers[0] in ((1, 32, 8), (4, 24, 16))
 
@@ -201,7 +202,7 @@ REFUSED = {
     "recurrent_gemma": ("RecurrentGemma", {}, "LinearAttentionLayer"),
     "qwen3_next": ("Qwen3Next", {}, "LinearAttentionLayer"),
     "rwkv": ("Rwkv", {"num_hidden_layers": 2}, "no cache of keys and values"),
-    "gemma3n_text": ("Gemma3nText", {}, "DummyLayer"),
+    "deepseek_v32": ("DeepseekV32", {}, "DynamicIndexedLayer"),
     "t5gemma": ("T5Gemma", {}, "decoder-only"),
     "bart": ("Bart", {}, "decoder-only"),
     "bert": ("Bert", {}, "is_decoder"),
