@@ -17,6 +17,7 @@ PAGES = [
         "CHANGELOG.md",
         "docs/architecture.md",
         "docs/custom_operators.md",
+        "docs/llm_families.md",
     )
 ]
 IN_BACKTICKS = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/|[\w./-]+\.(?:py|pyi|rs|toml|md|html))`")

@@ -131,6 +131,18 @@ OF_SEVERAL = {
         [(2, 3), (2, 0)],
         [[(2, s), (2, p)] for s, p in ((1, 0), (2, 1), (1, 7))],
     ),
+    "the new end of a cache": (
+        lambda x, past: torch.cat([past, x], 1)[:, past.shape[1] :] * 2,
+        [S, P],
+        [(2, 3), (2, 4)],
+        [[(2, s), (2, p)] for s, p in ((1, 0), (5, 0), (1, 1), (1, 7), (4, 2))],
+    ),
+    "a part of a table, by both sizes": (
+        lambda x, past: torch.arange(40.0)[past.shape[1] : past.shape[1] + x.shape[1]] * x,
+        [S, P],
+        [(2, 3), (2, 4)],
+        [[(2, s), (2, p)] for s, p in ((1, 0), (5, 0), (1, 1), (1, 7), (4, 2))],
+    ),
     "a mask over cache and input": (
         lambda x, past, mask: torch.where(mask > 0, torch.cat([past, x], 1), -1.0),
         [S, P, {1: "P+S"}],

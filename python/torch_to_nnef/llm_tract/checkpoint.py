@@ -141,11 +141,11 @@ class Checkpoint:
         return count * dtype.itemsize
 
     def load(
-        self, dtype: torch.dtype | None = None, device_map: str = "cpu", attention: str = "sdpa"
+        self, dtype: torch.dtype | None = None, device_map: str = "cpu", attention: str | None = None
     ) -> PreTrainedModel:
         """The model in eval mode, without gradients, the adapter merged; in `dtype`, by default its own.
 
-        device_map: see `LlmOptions`. attention: an attention implementation of transformers.
+        device_map: see `LlmOptions`. attention: an attention implementation of transformers; None: what the model prefers.
 
         Raises `T2NErrorRuntime` for files that transformers cannot read or that lack weights, `T2NErrorNotImplemented` for weights that
         cannot stay on disk, and what `files` and `dtype` raise.

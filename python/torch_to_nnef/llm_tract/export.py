@@ -95,7 +95,7 @@ class _Work:
                 raise
             self.tokenizer = None
             self.note(f"without a tokenizer there are no texts, so neither perplexity nor answers ({error})")
-        attention = attention_of(self.checkpoint.config) or "sdpa"
+        attention = attention_of(self.checkpoint.config)
         self.model = widened(self.checkpoint.load(self._dtype(), self.options.device_map, attention))
         self.forced = forced_for(self.checkpoint.config, self.model.dtype)
         for option, reason in self.forced.items():

@@ -34,9 +34,8 @@ def step_signature(config: PreTrainedConfig, logits: int | None = 1, *, trust_re
     _refuse_by_config(config)
     with torch.device("meta"):
         model = _bare_model(config, trust_remote_code)
-        _refuse_by_cache(model.config)
-        cache = _filled_cache(model)
-    return Signature(_layers(model.config, cache), context_of(model.config), logits)
+    _refuse_by_cache(model.config)
+    return Signature(_layers(model.config, _filled_cache(model)), context_of(model.config), logits)
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:
@@ -77,12 +76,12 @@ def _refuse_by_config(config: PreTrainedConfig) -> None:
 
 
 def _refuse_by_cache(config: PreTrainedConfig) -> None:
-    """Refuse a model whose own cache has layers of states (state-space, linear attention), of none, or of compressed keys."""
+    """Refuse a model whose own cache has layers of other states: state-space, linear attention, compressed keys."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-    # A layer with a window is one without to us: the mask of the model applies the window.
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    # A layer with a window is one without to us: the mask of the model applies the window. A dummy reads the keys of another layer.
+    known = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
     kinds = [type(layer) for layer in DynamicCache(config=config).layers]
     other = next((kind.__name__ for kind in kinds if kind not in known), None)
     if other:
@@ -116,7 +115,7 @@ def _filled_cache(model: PreTrainedModel) -> Cache:
     cache = DynamicCache()
     options: dict[str, Any] = {cache_argument(type(model)): cache, "use_cache": True, "return_dict": True}
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64), **options)
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), **options)
     except Exception as error:
         what = f"its forward fails on tokens and a cache alone ({_first_line(error)})"
         raise _refusal(model.config, what, _OWN_FORWARD) from error
