@@ -32,6 +32,7 @@ from torch_to_nnef.nnef.linter import lint
 from torch_to_nnef.nnef.lower import Lowered, lower, missing_ops
 from torch_to_nnef.nnef.names import VariableNamingScheme
 from torch_to_nnef.nnef.writer import target_path, write_archive
+from torch_to_nnef.op import half
 from torch_to_nnef.op.extensions import load_modules
 from torch_to_nnef.op.registry import table
 from torch_to_nnef.tensor.offload import scratch_in
@@ -132,12 +133,16 @@ class Naming:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A model captured and lowered: all that writing and checking need."""
+    """A model captured and lowered: all that writing and checking need.
+
+    advice: what may help if the check fails; empty if nothing is known.
+    """
 
     captured: Captured
     graph: Graph
     lowered: Lowered
     document: Document
+    advice: str = ""
 
     @property
     def inputs(self) -> Inputs:
@@ -196,12 +201,12 @@ def relower(
     overlap = sorted(set(outputs) & set(graph.input_names))
     if overlap and not naming.may_overlap:
         raise T2NErrorInvalidArgument(f"names of inputs and outputs overlap: {overlap}")
-    lowered = lower(graph, name, outputs, naming.scheme)
+    lowered = lower(graph, name, outputs, naming.scheme, half.forced(target))
     limits = (f"tract_assert {limit.assertion()}" for limit in captured.limits)
     lines = tuple(dict.fromkeys((*extensions, *limits)))
     document = replace(lowered.document, extensions=lines, properties=_properties(target))
     lint(document)
-    return Plan(captured, graph, lowered, document)
+    return Plan(captured, graph, lowered, document, half.advice(graph.nodes, target))
 
 
 def _output_names(naming: Naming, count: int) -> tuple[str, ...]:
@@ -255,7 +260,7 @@ def check(
     with eval_mode(model):
         try:
             comparisons = verify_archive(archive, plan.runner(model), sets, plan.document.outputs, tolerance)
-            raise_on_mismatch(comparisons, sets, lambda inputs: locate(plan, archive, inputs, tolerance))
+            raise_on_mismatch(comparisons, sets, lambda inputs: locate(plan, archive, inputs, tolerance), plan.advice)
         except T2NError as error:
             if debug_bundle_path is not None:
                 write_bundle(Path(debug_bundle_path), archive, plan.graph.input_names, sets, plan.runner(model), error)

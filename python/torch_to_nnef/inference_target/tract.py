@@ -57,9 +57,6 @@ KNOWN_FEATURE_FLAGS: frozenset[str] = frozenset()
 # Options whose effect does not exist yet. Any value but the default is refused, so that none is silently ignored.
 UNSERVED_OPTIONS = {
     "specific_tract_binary_path": "the check runs the tract linked into this package",
-    "force_attention_inner_in_f32": "attention is computed in the dtype of its inputs",
-    "force_linear_accumulation_in_f32": "linear layers accumulate as tract chooses for their dtype",
-    "force_norm_in_f32": "normalizations are computed in the dtype of their inputs",
     "reify_sdpa_operator": "the exporter chooses how attention is written",
     "upsample_with_debox": "upsampling is never written as `debox`",
 }
@@ -89,7 +86,8 @@ class TractNNEF(InferenceTarget):
     specific_properties: name -> text, stored in the archive.
     dump_identity_properties: also store who exported, where and when; archives are then no longer reproducible.
     force_attention_inner_in_f32, force_linear_accumulation_in_f32, force_norm_in_f32: compute that part of a half
-    precision model in f32.
+    precision model in f32: scores, softmax and their product with the values; the sums of a linear layer; layer, RMS and group
+    norms. Without it that part is computed in f16, which may overflow where torch does not. Other dtypes are left as they are.
     reify_sdpa_operator: write scaled dot product attention as one operator (True), or decomposed (False).
     upsample_with_debox: write nearest upsampling as `debox`.
 

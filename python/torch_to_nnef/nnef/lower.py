@@ -59,14 +59,25 @@ def refuse_missing(graph: Graph) -> None:
     raise T2NErrorMissingOpEmitter(f"{len(nodes)} operator(s) have no lowering to NNEF:\n" + "\n".join(lines))
 
 
-def lower(graph: Graph, name: str, output_names: Sequence[str], scheme: VariableNamingScheme) -> Lowered:
-    """Lower every node. `output_names` are one an output of the graph; raises what handlers raise, or `T2NErrorMissingOpEmitter`."""
+def lower(
+    graph: Graph,
+    name: str,
+    output_names: Sequence[str],
+    scheme: VariableNamingScheme,
+    forced: frozenset[str] = frozenset(),
+) -> Lowered:
+    """Lower every node. `output_names` are one an output of the graph; raises what handlers raise, or `T2NErrorMissingOpEmitter`.
+
+    `forced` names the operators to compute in f32 where they are in f16.
+    """
     refuse_missing(graph)
-    return _Lowering(graph, output_names, scheme).run(name)
+    return _Lowering(graph, output_names, scheme, forced).run(name)
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, output_names: Sequence[str], scheme: VariableNamingScheme) -> None:
+    def __init__(
+        self, graph: Graph, output_names: Sequence[str], scheme: VariableNamingScheme, forced: frozenset[str]
+    ) -> None:
         table()
         self.graph, self.output_names = graph, output_names
         self.names = Names(scheme, [*graph.input_names, *output_names, *graph.symbols])
@@ -76,7 +87,7 @@ class _Lowering:
         self.env: dict[str, Ref | Unavailable] = {}
         producers = {value.name: node for node in graph.nodes for value in node.outputs}
         results = frozenset(value.name for value in graph.outputs)
-        self.emitter = Emitter(self.names.fresh, producers, graph.tensors.__getitem__, results)
+        self.emitter = Emitter(self.names.fresh, producers, graph.tensors.__getitem__, results, forced)
 
     def run(self, name: str) -> Lowered:
         inputs = []

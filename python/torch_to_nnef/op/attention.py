@@ -13,8 +13,8 @@ from torch_to_nnef.op.statement import Ref
 
 aten = torch.ops.aten
 
-# Below every finite score, so that softmax gives it 0 beside any of them; -inf would give NaN in a row that is masked whole.
-_MASKED = -3.0e38
+# Below every score, so that softmax gives it 0 beside any of them; -inf would give NaN in a row that is masked whole.
+_MASKED = {torch.float32: -3.0e38, torch.float16: -65504.0}
 
 
 @lowers(aten.scaled_dot_product_attention.default)
@@ -38,14 +38,17 @@ def scaled_dot_product_attention(
         raise e.refuse("dropout in attention; put the model in eval mode")
     if enable_gqa:
         key, value = (_repeat_heads(e, side, query) for side in (key, value))
-    query, key, value = (e.lift(e.cast(side, torch.float32), len(e.out.shape)) for side in (query, key, value))
+    dtype = torch.float16 if e.out.dtype is torch.float16 else torch.float32
+    query, key, value = (e.lift(e.cast(side, dtype), len(e.out.shape)) for side in (query, key, value))
     rows, features = query.shape[-2:]
     if scale is None:
         if not isinstance(features, int):
             raise e.refuse("the head size is dynamic; give scale=")
         scale = 1 / math.sqrt(features)
+    if dtype is torch.float16:  # before the product, which may be beyond f16
+        query, scale = e.binary("mul", query, scale, dtype), 1.0
     mask = _causal(e, rows, key.shape[-2]) if is_causal else attn_mask
-    operator, masks = _masks(e, mask, query.rank)
+    operator, masks = _masks(e, mask, query.rank, dtype)
     result = e.op(
         operator,
         query,
@@ -53,20 +56,19 @@ def scaled_dot_product_attention(
         value,
         *masks,
         out=e.out.shape,
-        dtype=torch.float32,
         scale=float(scale),
         axis=query.rank - 1,
     )
     return e.cast(result, e.out.dtype)
 
 
-def _masks(e: Emitter, mask: Ref | None, rank: int) -> tuple[str, list[Ref]]:
+def _masks(e: Emitter, mask: Ref | None, rank: int, dtype: torch.dtype) -> tuple[str, list[Ref]]:
     """The fragment for a kind of mask, and what it takes behind query, key and value."""
     if mask is None:
         return "t2n_attention", []
     if mask.dtype is not torch.bool:
-        return "t2n_attention_biased", [e.lift(e.cast(mask, torch.float32), rank)]
-    constants = [e.constant(torch.full([1] * rank, v), "scalar") for v in (_MASKED, 0.0)]
+        return "t2n_attention_biased", [e.lift(e.cast(mask, dtype), rank)]
+    constants = [e.constant(torch.full([1] * rank, v, dtype=dtype), "scalar") for v in (_MASKED[dtype], 0.0)]
     return "t2n_attention_masked", [e.lift(mask, rank), *constants]
 
 

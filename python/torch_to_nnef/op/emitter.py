@@ -26,7 +26,10 @@ _JOINS = frozenset({"concat", "stack", "pad"})
 
 
 class Emitter:
-    """Collects the statements of one graph. `node` is the call being lowered; `fresh` gives unused identifiers for it."""
+    """Collects the statements of one graph. `node` is the call being lowered; `fresh` gives unused identifiers for it.
+
+    `forced` names the operators that an option of the target moves from f16 to f32.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class Emitter:
         producers: dict[str, Node],
         weights: Callable[[str], torch.Tensor],
         results: frozenset[str] = frozenset(),
+        forced: frozenset[str] = frozenset(),
     ) -> None:
         self.statements: list[Statement] = []
         self.variables: dict[str, Variable] = {}
@@ -41,6 +45,7 @@ class Emitter:
         self._makers: dict[str, Statement] = {}
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
         self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
+        self.forced = forced
         self._fresh, self._producers, self._weights, self._results = fresh, producers, weights, results
 
     # -- statements

@@ -50,13 +50,14 @@ def native_layer_norm(
 def rms_norm(
     e: Emitter, input: Ref, normalized_shape: Sequence[int], weight: Ref | None = None, eps: float | None = None
 ) -> Ref:
-    """X / sqrt(mean(x^2) + eps) over the last axes, times weight; eps defaults to the dtype's epsilon."""
-    eps = float(torch.finfo(input.dtype).eps if eps is None else eps)
+    """X / sqrt(mean(x^2) + eps) over the last axes, times weight; eps defaults to the epsilon of the dtype torch computes in."""
+    computed = torch.float32 if input.dtype is torch.float16 else input.dtype
+    eps = float(torch.finfo(computed).eps if eps is None else eps)
     axes = list(range(input.rank - len(normalized_shape), input.rank))
-    wide = e.cast(input, torch.float32)
-    operator, over = ("tract_core_rms_norm", {"axis": axes[0]}) if len(axes) == 1 else ("t2n_rms_norm", {"axes": axes})
-    normal = e.op(operator, wide, **over, eps=eps)
-    return _affine(e, e.cast(normal, input.dtype), weight, None)
+    if len(axes) > 1:
+        wide = e.op("t2n_rms_norm", e.cast(input, torch.float32), axes=axes, eps=eps)
+        return _affine(e, e.cast(wide, input.dtype), weight, None)
+    return _affine(e, e.op("tract_core_rms_norm", input, axis=axes[0], eps=eps), weight, None)
 
 
 @lowers(*since("2.8", "_fused_rms_norm.default"))
@@ -68,7 +69,10 @@ def fused_rms_norm(
 
 
 def _normal(e: Emitter, x: Ref, axes: Sequence[int], eps: float) -> Ref:
-    """(x - mean) / sqrt(var + eps) over `axes`, in f32: squares of f16 overflow."""
+    """(x - mean) / sqrt(var + eps) over `axes`; the squares, which may be beyond f16, in f32: tract's RMS norm does so by itself."""
+    if x.dtype is torch.float16 and len(axes) == 1:
+        mean = e.op("mean_reduce", x, out=tuple(1 if i in axes else d for i, d in enumerate(x.shape)), axes=list(axes))
+        return e.op("tract_core_rms_norm", e.op("sub", x, mean, hint="centered"), axis=axes[0], eps=float(eps))
     wide = e.op("t2n_layer_norm", e.cast(x, torch.float32), axes=list(axes), eps=float(eps))
     return e.cast(wide, x.dtype)
 

@@ -216,7 +216,7 @@ class OpTable:
                 )
         read = {name: given[name] for name in handler.reads if name in given}
         with extensions.blamed(handler.lower, str(node.target), node.where()):
-            if half.needs_single(node):
+            if half.needs_single(emitter, node):
                 return half.in_single(emitter, node, handler.lower, read)
             return handler.lower(emitter, **read)
 

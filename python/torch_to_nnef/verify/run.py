@@ -77,11 +77,12 @@ def raise_on_mismatch(
     comparisons: Sequence[Comparison],
     input_sets: Sequence[InputSet],
     locate: Callable[[InputSet], str] | None = None,
+    advice: str = "",
 ) -> None:
     """Raise `T2NErrorIOPytorchTractNotISO` that lists the outputs outside their tolerance, if there are any.
 
     `input_sets` are those the comparisons were made on, in order; `locate` describes where the first failing one
-    diverges, and its text ends the message.
+    diverges; its text, then `advice`, end the message.
     """
     failed = [(c, inputs) for c, inputs in zip(comparisons, input_sets, strict=True) if not c.ok]
     if not failed:
@@ -98,6 +99,7 @@ def raise_on_mismatch(
             lines.append(locate(failed[0][1]))
         except T2NError as error:
             lines.append(f"where they diverge could not be found: {error}")
+    lines += [advice] if advice else []
     raise T2NErrorIOPytorchTractNotISO("\n".join(lines))
 
 
