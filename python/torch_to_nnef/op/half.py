@@ -15,15 +15,14 @@ from torch_to_nnef.op.statement import Lowering, Ref, Result
 from torch_to_nnef.torch_internals import pytree
 
 # Operators that tract would round within, or compute from few digits, in f16.
-_IN_SINGLE = frozenset(
-    """
+_NAMES = """
 conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
 adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d batch_norm _native_batch_norm_legit_no_training
 instance_norm _weight_norm softmax _softmax log_softmax _log_softmax celu col2im elu gelu glu hardsigmoid
 hardswish leaky_relu log_sigmoid mish prelu selu silu softplus sigmoid tanh erf erfc exp exp2 expm1 log log10 log1p log2 pow sin cos
 rsqrt linalg_vector_norm var
-""".split()
-)
+"""
+_IN_SINGLE = frozenset(_NAMES.split())
 # Option of TractNNEF -> the operators that it moves to f32, and that are computed in f16 without it.
 PARTS: Mapping[str, frozenset[str]] = {
     "force_attention_inner_in_f32": frozenset(
