@@ -30,11 +30,13 @@ class Signature:
     context: most tokens, past and new, that the model takes; None if nothing bounds it.
     logits: how many positions, counted from the end, have logits in `outputs` [1, n, vocabulary]; 0 for all S; None if the input
     `logits_to_keep` [K] (i64) names them.
+    cached: dtype of the caches; None: that of the model.
     """
 
     layers: tuple[tuple[int, int, int], ...]
     context: int | None
     logits: int | None = 1
+    cached: torch.dtype | None = None
 
     @property
     def caches(self) -> tuple[tuple[str, tuple[int, int]], ...]:
@@ -76,7 +78,7 @@ class Signature:
         return tuple(f"tract_assert {bound}" for bound in bounds)
 
     def sample(self, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Inputs of a step in the middle of a text, the same every time."""
+        """Inputs of a step of a model in `dtype`, in the middle of a text, the same every time."""
         generator = torch.Generator().manual_seed(0)
         size = max(_NEW, (self.logits or 0) + 1)
         ids = torch.randint(vocabulary, (1, size), generator=generator)
@@ -84,7 +86,8 @@ class Signature:
         return ids, *positions, *self.past(_PAST, dtype, generator)
 
     def past(self, size: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> list[torch.Tensor]:
-        """Caches of `size` tokens: normal noise, or zeros without a generator."""
+        """Caches of `size` tokens for a model in `dtype`: normal noise, or zeros without a generator."""
+        dtype = self.cached or dtype
         shapes = [(1, heads, size, features) for _, (heads, features) in self.caches]
         if generator is None:
             return [torch.zeros(shape, dtype=dtype) for shape in shapes]
@@ -95,6 +98,7 @@ def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
     """`model` with a forward of plain tensors, `signature` says which; it shares all modules and parameters with `model`.
 
     The object is of a class derived from the model's, so that modules and weights keep their names. `model` may be a step already.
+    Caches come in any dtype, are computed with in the model's, and go out as they came.
     """
     kind = getattr(type(model), "_stepped", type(model))
     argument = cache_argument(kind)
@@ -105,13 +109,15 @@ def as_step(model: PreTrainedModel, signature: Signature) -> nn.Module:
         from transformers.cache_utils import DynamicCache
 
         positions, caches = (signature.logits, rest) if signature.logits is not None else (rest[0], rest[1:])
+        kept = caches[0].dtype
+        caches = tuple(side.to(self.dtype) for side in caches)
         cache = DynamicCache(list(zip(caches[::2], caches[1::2], strict=True)))
         options: dict[str, Any] = {argument: cache, "use_cache": True, "return_dict": True}
         if slices:
             options["logits_to_keep"] = positions
         with capturable_experts(self):
             logits = kind.forward(self, input_ids=input_ids, **options).logits
-        return [logits if slices else _kept(logits, positions), *_sides(cache.layers)]
+        return [logits if slices else _kept(logits, positions), *(side.to(kept) for side in _sides(cache.layers))]
 
     step: nn.Module = copy.copy(model)
     step.__class__ = type(kind.__name__, (kind,), {"forward": forward, "_stepped": kind, "__module__": kind.__module__})
