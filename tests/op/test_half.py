@@ -23,6 +23,16 @@ ROWS = {
     "matmul": (torch.matmul, x(5, 400), x(400, 6)),
     "linear": (lambda t, w, b: F.linear(t, w, b), x(5, 400), x(6, 400), 3 * x(6)),
     "attention": (F.scaled_dot_product_attention, x(2, 3, 70, 16), x(2, 3, 70, 16), x(2, 3, 70, 16)),
+    "attention_masked": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q[..., :1] > k[..., 0].unsqueeze(-2)),
+        *(x(2, 3, 9, 16), x(2, 3, 70, 16), x(2, 3, 70, 24)),
+    ),
+    "attention_biased": (F.scaled_dot_product_attention, x(2, 3, 9, 16), x(2, 3, 70, 16), x(2, 3, 70, 24), x(9, 70)),
+    "attention_shared": (F.scaled_dot_product_attention, x(2, 3, 9, 16), x(1, 3, 70, 16), x(1, 3, 70, 16)),
+    "attention_grouped": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        *(x(2, 4, 9, 16), x(2, 2, 70, 16), x(2, 2, 70, 16)),
+    ),
     "mean": (lambda t: t.mean(1), 100 + x(2, 3000)),
     "sum": (lambda t: t.sum(1), x(2, 3000)),
     "norm": (lambda t: torch.linalg.vector_norm(t, dim=1), BIG),

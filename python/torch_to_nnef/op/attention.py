@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from torch_to_nnef.graph.ir import Dim
 from torch_to_nnef.op.emitter import Emitter
+from torch_to_nnef.op.half import in_half
+from torch_to_nnef.op.product import AXES
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
 
@@ -38,8 +41,8 @@ def scaled_dot_product_attention(
         raise e.refuse("dropout in attention; put the model in eval mode")
     if enable_gqa:
         key, value = (_repeat_heads(e, side, query) for side in (key, value))
-    dtype = torch.float16 if e.out.dtype is torch.float16 else torch.float32
-    query, key, value = (e.lift(e.cast(side, dtype), len(e.out.shape)) for side in (query, key, value))
+    dtype = torch.float16 if in_half(e) else torch.float32
+    query, key, value = (e.lift(side, len(e.out.shape)) for side in (query, key, value))
     rows, features = query.shape[-2:]
     if scale is None:
         if not isinstance(features, int):
@@ -48,28 +51,41 @@ def scaled_dot_product_attention(
     if dtype is torch.float16:  # before the product, which may be beyond f16
         query, scale = e.binary("mul", query, scale, dtype), 1.0
     mask = _causal(e, rows, key.shape[-2]) if is_causal else attn_mask
-    operator, masks = _masks(e, mask, query.rank, dtype)
-    result = e.op(
-        operator,
-        query,
-        key,
-        value,
-        *masks,
-        out=e.out.shape,
-        scale=float(scale),
-        axis=query.rank - 1,
-    )
+    kind, masks = _masks(e, mask, query.rank, dtype)
+    how: dict[str, Any] = {"scale": float(scale), "axis": query.rank - 1}
+    same_batch = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    if e.out.dtype is torch.float16 and dtype is torch.float32 and same_batch:
+        return e.cast(_of_halves(e, query, key, value, kind, masks, how), e.out.dtype)
+    query, key, value = (e.cast(side, dtype) for side in (query, key, value))
+    result = e.op(f"t2n_attention{kind}", query, key, value, *masks, out=e.out.shape, **how)
     return e.cast(result, e.out.dtype)
 
 
+def _of_halves(e: Emitter, query: Ref, key: Ref, value: Ref, kind: str, masks: list[Ref], how: dict[str, Any]) -> Ref:
+    """Attention in f32 that leaves keys and values, a whole past perhaps, in f16: tract multiplies f16 by f32, fastest with f16 first."""
+    batch = AXES[: query.rank - 2]
+    products: dict[str, Any] = {"dtype": torch.float32, "acc": "f32"}
+    scores = e.op(
+        "tract_core_einsum",
+        [key, e.cast(query, torch.float32)],
+        out=(*query.shape[:-1], key.shape[-2]),
+        expr=f"{batch}yz,{batch}xz->{batch}xy",
+        hint="scores",
+        **products,
+    )
+    weights = e.op(f"t2n_attention_weights{kind}", scores, *masks, out=scores.shape, **how)
+    expr = f"{batch}yz,{batch}xy->{batch}xz"
+    return e.op("tract_core_einsum", [value, weights], out=e.out.shape, expr=expr, **products)
+
+
 def _masks(e: Emitter, mask: Ref | None, rank: int, dtype: torch.dtype) -> tuple[str, list[Ref]]:
-    """The fragment for a kind of mask, and what it takes behind query, key and value."""
+    """How the fragments for a kind of mask end, and what these take behind the other operands."""
     if mask is None:
-        return "t2n_attention", []
+        return "", []
     if mask.dtype is not torch.bool:
-        return "t2n_attention_biased", [e.lift(e.cast(mask, dtype), rank)]
+        return "_biased", [e.lift(e.cast(mask, dtype), rank)]
     constants = [e.constant(torch.full([1] * rank, v, dtype=dtype), "scalar") for v in (_MASKED[dtype], 0.0)]
-    return "t2n_attention_masked", [e.lift(mask, rank), *constants]
+    return "_masked", [e.lift(mask, rank), *constants]
 
 
 @lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)

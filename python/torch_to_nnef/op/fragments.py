@@ -36,6 +36,19 @@ _FRAGMENTS: dict[str, Fragment] = {
             "y = matmul(select(mask, softmax(scores, axes = [axis]), zero), value);",
         ],
     ),
+    "t2n_attention_weights": (
+        "(scores: tensor<scalar>, scale: scalar, axis: integer) -> (y: tensor<scalar>)",
+        ["y = softmax(scores * scale, axes = [axis]);"],
+    ),
+    "t2n_attention_weights_biased": (
+        "(scores: tensor<scalar>, bias: tensor<scalar>, scale: scalar, axis: integer) -> (y: tensor<scalar>)",
+        ["y = softmax(scores * scale + bias, axes = [axis]);"],
+    ),
+    "t2n_attention_weights_masked": (
+        "(scores: tensor<scalar>, mask: tensor<logical>, masked: tensor<scalar>, zero: tensor<scalar>, scale: scalar, axis: integer)"
+        " -> (y: tensor<scalar>)",
+        ["y = select(mask, softmax(select(mask, scores * scale, masked), axes = [axis]), zero);"],
+    ),
     "t2n_elu": (
         "(x: tensor<scalar>, alpha: scalar, scale: scalar, input_scale: scalar) -> (y: tensor<scalar>)",
         ["y = (max(x, 0.0) + (exp(min(x, 0.0) * input_scale) - 1.0) * alpha) * scale;"],

@@ -33,8 +33,8 @@ PARTS: Mapping[str, frozenset[str]] = {
         {"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm"}
     ),
 }
-# Its operands stay in f16, a weight of two bytes an element above all: only its sums are in f32.
-_SUMS = PARTS["force_linear_accumulation_in_f32"]
+# Their operands stay in f16, weights and caches above all: tract multiplies f16 by f32, and only sums are in f32.
+_SUMS = PARTS["force_attention_inner_in_f32"] | PARTS["force_linear_accumulation_in_f32"]
 
 
 def forced(target: TractNNEF) -> frozenset[str]:
@@ -56,7 +56,7 @@ def needs_single(e: Emitter, node: Node) -> bool:
     return _gives_halves(node) and _name(node) in _IN_SINGLE | (e.forced - _SUMS)
 
 
-def sums_in_half(e: Emitter) -> bool:
+def in_half(e: Emitter) -> bool:
     """Whether the call may sum products in f16: then tract sums as suits the machine, in f32 where it has no arithmetic in f16."""
     return e.out.dtype is torch.float16 and _name(e.node) in _SUMS - e.forced
 

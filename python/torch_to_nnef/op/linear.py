@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from torch_to_nnef.op.emitter import Emitter, Scalar
-from torch_to_nnef.op.half import sums_in_half
+from torch_to_nnef.op.half import in_half
 from torch_to_nnef.op.product import AXES, contract, matrix_product
 from torch_to_nnef.op.registry import lowers
 from torch_to_nnef.op.statement import Ref
@@ -34,7 +34,7 @@ def affine(e: Emitter, input: Ref, weight: Ref, bias: Ref | None) -> Ref:
     batch = AXES[: input.rank - 1]
     row = "n" if weight.rank == 2 else ""
     expr = f"{row}k,{batch}k->{batch}{row}"
-    in_single = e.out.dtype in (torch.float16, torch.float32) and not sums_in_half(e)
+    in_single = e.out.dtype in (torch.float16, torch.float32) and not in_half(e)
     if bias is not None and in_single and bias.rank == 1 and row:
         lead, bias = list(range(input.rank - 1)), e.cast(bias, torch.float32)
         total = e.op("t2n_linear", weight, input, bias, out=shape, dtype=torch.float32, expr=expr, lead=lead)

@@ -7,14 +7,14 @@ import torch
 from torch_to_nnef.graph.ir import Shape
 from torch_to_nnef.op.dtypes import tract_dtype
 from torch_to_nnef.op.emitter import Emitter
-from torch_to_nnef.op.half import sums_in_half
+from torch_to_nnef.op.half import in_half
 from torch_to_nnef.op.statement import Ref
 
 AXES = "abcdefghijklmnopqrstuvwxyz"
 
 
 def contract(e: Emitter, operands: list[Ref], expr: str, out: Shape) -> Ref:
-    """The einsum `expr` of two operands: floats are summed in f32 (but see `sums_in_half`), integers multiplied and summed as they are.
+    """The einsum `expr` of two operands: floats are summed in f32 (but see `in_half`), integers multiplied and summed as they are.
 
     A packed weight has to be the first operand.
     """
@@ -23,7 +23,7 @@ def contract(e: Emitter, operands: list[Ref], expr: str, out: Shape) -> Ref:
         raise e.refuse("tract multiplies matrices in f32 and f16 only; use model.float()")
     operands = [e.cast(operand, dtype) for operand in operands]
     if dtype.is_floating_point:
-        sums = torch.float16 if sums_in_half(e) else torch.float32
+        sums = torch.float16 if in_half(e) else torch.float32
         total = e.op(
             "tract_core_einsum", operands, out=out, dtype=sums, expr=expr, acc=tract_dtype(sums, e.node.where())
         )
