@@ -54,6 +54,7 @@ bench: dev ## the core against memory, the package against others; ratios of one
 	. $(BIN)/activate && maturin develop --quiet --release
 	$(BIN)/python benches/quantize.py
 	$(BIN)/python benches/export.py
+	$(BIN)/python benches/llm.py
 
 clean: ## remove the environment and all that was built
 	rm -rf $(VENV) target
