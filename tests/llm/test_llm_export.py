@@ -33,9 +33,11 @@ def test_what_a_compressed_export_leaves(checkpoint, tmp_path):
     report = run(checkpoint, tmp_path / "out", **options, test_display_token_gens=True)
     assert report.ok
     assert [c.name for c in report.archive] == ["export", "prompt", "prompt_with_past", "text_generation"]
-    assert report.generation.ok and len(report.generation.tokens) == 32
+    assert report.generation.ok
+    assert len(report.generation.tokens) == 32
     float_torch, packed, archive = report.quality.rows
-    assert float_torch.kl_mean is None and packed.kl_mean > 0
+    assert float_torch.kl_mean is None
+    assert packed.kl_mean > 0
     assert archive.kl_mean == pytest.approx(packed.kl_mean, rel=1e-3)
     assert all(row.quantized for row in report.rows)
     assert report.totals.ratio > 6
@@ -51,9 +53,12 @@ def test_what_a_compressed_export_leaves(checkpoint, tmp_path):
     assert said["compression_method"] == "min_max_q4_0_all"
     assert said["compressed_tensors"] == f"{len(report.rows)} of {len(report.rows)}"
     data = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert data["quality"]["rows"][2]["kl_mean"] == archive.kl_mean and data["generation"]["ok"]
+    assert data["quality"]["rows"][2]["kl_mean"] == archive.kl_mean
+    assert data["generation"]["ok"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "in_cache_key_*" in card and "KL to float" in card and "fn main() -> TractResult<()>" in card
+    assert "in_cache_key_*" in card
+    assert "KL to float" in card
+    assert "fn main() -> TractResult<()>" in card
     assert "Texts generated" in str(report)
 
 
@@ -105,7 +110,9 @@ def test_number_types(checkpoint, tmp_path, options, dtype, cache):
 def test_without_a_tokenizer_there_are_no_texts(tmp_path):
     tiny_model().save_pretrained(tmp_path / "bare")
     report = run(tmp_path / "bare", tmp_path / "out")
-    assert report.ok and report.generation.ok and report.quality is None
+    assert report.ok
+    assert report.generation.ok
+    assert report.quality is None
     assert "tokenizer" in report.notes[0]
 
 
@@ -122,10 +129,12 @@ def test_a_method_of_ones_own(checkpoint, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     report = run(checkpoint, tmp_path / "out", compression_registry="mine.REGISTRY", compression_method="halve")
-    assert report.ok and report.quality.rows[1].kl_mean > 0
+    assert report.ok
+    assert report.quality.rows[1].kl_mean > 0
     import mine
 
-    assert mine.seen["tokenizer"].decode and mine.seen["export_dirpath"].name == "out"
+    assert mine.seen["tokenizer"].decode
+    assert mine.seen["export_dirpath"].name == "out"
     assert mine.seen["local_dir"] == checkpoint
     assert report.totals.parameter_bytes_after < report.totals.parameter_bytes_before
 

@@ -78,7 +78,9 @@ class _Converter:
             raise T2NErrorConsistency(f"the capture uses tensors the model does not hold: {missing}")
         symbols, names = self.captured.inputs.symbols(), self.captured.inputs.names
         graph = Graph(tuple(self.inputs), names, weights, self.captured.tensors, tuple(nodes), outputs, symbols)
-        return join_routers(fold(graph, self.captured.program.graph_signature.inputs_to_lifted_tensor_constants.values()))
+        return join_routers(
+            fold(graph, self.captured.program.graph_signature.inputs_to_lifted_tensor_constants.values())
+        )
 
     def _call(self, node: FxNode) -> None:
         val = node.meta.get("val")

@@ -15,9 +15,7 @@ from torch_to_nnef.op.statement import Ref
 
 
 @lowers(routed_experts)
-def routed(
-    e: Emitter, x: Ref, router: Ref, gate_up: Ref, down: Ref, k: int, gate: str, activation: str
-) -> Ref:
+def routed(e: Emitter, x: Ref, router: Ref, gate_up: Ref, down: Ref, k: int, gate: str, activation: str) -> Ref:
     """Router and experts as tract's own operator, which computes for each token the experts it chose."""
     width = down.shape[2]
     halves = [e.rows(gate_up, start, width, name) for start, name in ((0, "gate"), (width, "up"))]

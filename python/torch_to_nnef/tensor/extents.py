@@ -64,7 +64,9 @@ class ByteFile:
             while filled < len(into):
                 got = cast("io.RawIOBase", self._file).readinto(into[filled:])
                 if not got:
-                    raise T2NErrorInconsistentTensor(f"{self.name} ends {len(into) - filled} bytes before its last tensor")
+                    raise T2NErrorInconsistentTensor(
+                        f"{self.name} ends {len(into) - filled} bytes before its last tensor"
+                    )
                 filled += got
 
 
