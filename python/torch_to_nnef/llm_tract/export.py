@@ -34,6 +34,7 @@ from torch_to_nnef.nnef.writer import write_archive
 from torch_to_nnef.quantize.rows import TensorRow, recording
 from torch_to_nnef.quantize.targets import Selection
 from torch_to_nnef.report import Totals
+from torch_to_nnef.report.progress import progress_bars
 from torch_to_nnef.report.words import size
 from torch_to_nnef.tensor.quant import QTensor
 from torch_to_nnef.tract_model import TractModel
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from torch_to_nnef.graph.ir import Graph
     from torch_to_nnef.inference_target import TractNNEF
     from torch_to_nnef.llm_tract.options import LlmOptions
+    from torch_to_nnef.quantize.apply import Progress
 
 _GENERATED = 32  # tokens compared
 
@@ -110,18 +112,18 @@ class _Work:
     def export(self, method: Method | None, layout: Layout) -> LlmReport:
         """From the loaded model to the files of `layout`."""
         original = Totals.of((), *_extent(self.model))
-        with self._float_reference() as reference, recording() as rows:
+        with self._float_reference() as reference, recording() as rows, progress_bars() as bars:
             with self.steps("capture"):
                 captured, graph = self._capture()
             with self.steps("compress"):
                 if method is not None:
-                    captured, graph = self._compress(method, captured, graph, layout)
+                    captured, graph = self._compress(method, captured, graph, layout, bars("compress"))
             with self.steps("lower"):
                 target = self._target(rows)
                 plan = self._plan(captured, graph, target)
             with self.steps("write"):
                 layout.archive.parent.mkdir(exist_ok=True)
-                archive_bytes = write_archive(plan.document, layout.archive, "tgz", None)
+                archive_bytes = write_archive(plan.document, layout.archive, "tgz", None, bars("write"))
             if self.options.no_verify:
                 found = _Findings()
             else:
@@ -162,7 +164,9 @@ class _Work:
     def _sample(self) -> tuple[torch.Tensor, ...]:
         return self.signature.sample(self.model.config.vocab_size, self.model.dtype)
 
-    def _compress(self, method: Method, captured: Captured, graph: Graph, layout: Layout) -> tuple[Captured, Graph]:
+    def _compress(
+        self, method: Method, captured: Captured, graph: Graph, layout: Layout, progress: Progress
+    ) -> tuple[Captured, Graph]:
         """Apply `method`; the capture holds as long as the modules are the same ones, whatever their weights."""
         before = _modules(self.model)
         self.model = call_method(
@@ -172,6 +176,7 @@ class _Work:
             export_dirpath=layout.folder,
             local_dir=self.checkpoint.folder,
             selection=Selection(uses=weight_uses(graph)),
+            progress=progress,
         )
         if _modules(self.model) != before:
             return self._capture()
