@@ -59,7 +59,7 @@ def test_what_a_compressed_export_leaves(checkpoint, tmp_path):
     assert "in_cache_key_*" in card
     assert "KL to float" in card
     assert "fn main() -> TractResult<()>" in card
-    assert "Texts generated" in str(report)
+    assert "Texts after" in str(report)
 
 
 def test_the_tests_it_leaves_hold_in_tract(checkpoint, tmp_path):

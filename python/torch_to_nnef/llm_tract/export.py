@@ -20,11 +20,11 @@ from torch_to_nnef.llm_tract.card import model_card
 from torch_to_nnef.llm_tract.causal import Signature, as_step
 from torch_to_nnef.llm_tract.checkpoint import DTYPES, Checkpoint
 from torch_to_nnef.llm_tract.families import attention_of, step_signature
-from torch_to_nnef.llm_tract.generation import GenerationComparison, TorchSteps, compare_generation
+from torch_to_nnef.llm_tract.generation import GenerationComparison, TorchSteps, compare_generation, texts
 from torch_to_nnef.llm_tract.layout import Layout, modes, properties, replaced_folder
 from torch_to_nnef.llm_tract.precision import cache_dtype, forced_for, widened
 from torch_to_nnef.llm_tract.quality import FloatReference, Quality
-from torch_to_nnef.llm_tract.report import LlmReport, condensed, sections
+from torch_to_nnef.llm_tract.report import LlmReport, condensed
 from torch_to_nnef.llm_tract.scenarios import scenarios, verify_scenarios
 from torch_to_nnef.llm_tract.steps import TractSteps
 from torch_to_nnef.llm_tract.texts import PROSE, QUESTION, windows
@@ -33,7 +33,7 @@ from torch_to_nnef.nnef.names import VariableNamingScheme
 from torch_to_nnef.nnef.writer import write_archive
 from torch_to_nnef.quantize.rows import TensorRow, recording
 from torch_to_nnef.quantize.targets import Selection
-from torch_to_nnef.report import Totals
+from torch_to_nnef.report import Section, Totals
 from torch_to_nnef.report.progress import progress_bars
 from torch_to_nnef.report.words import size
 from torch_to_nnef.tensor.quant import QTensor
@@ -140,7 +140,7 @@ class _Work:
             generation=found.generation,
             quality=found.quality,
             notes=tuple(self.notes),
-            sections=sections(found.generation, found.quality, self._texts(found), self.notes),
+            sections=self._sections(found),
             steps=self.steps.taken(),
             versions={"torch": torch.__version__, "tract": tract_version, "torch_to_nnef": __version__},
         )
@@ -220,28 +220,20 @@ class _Work:
         if not found.generation.ok:
             raise T2NErrorIOPytorchTractNotISO(f"tract does not generate torch's text: {found.generation}")
         if reference is not None:
-            found.quality = self._quality(reference, found.generation, in_torch, in_tract, tract.weight_bytes)
+            forms = [("quantized torch", in_torch, _extent(self.model)[1])] if self.options.compression_method else []
+            found.quality = reference.quality([*forms, ("archive in tract", in_tract, tract.weight_bytes)])
         return found
 
-    def _quality(
-        self,
-        reference: FloatReference,
-        generation: GenerationComparison,
-        in_torch: TorchSteps,
-        in_tract: TractSteps,
-        weight_bytes: int,
-    ) -> Quality:
-        rows = [reference.measure("archive in tract", in_tract, weight_bytes, generation.tract_tokens)]
-        if self.options.compression_method is not None:
-            rows.insert(0, reference.measure("quantized torch", in_torch, _extent(self.model)[1], generation.tokens))
-        return reference.quality(*rows)
-
-    def _texts(self, found: _Findings) -> dict[str, str]:
-        """What was generated, if that is to be shown."""
-        if not self.options.test_display_token_gens or self.tokenizer is None or found.generation is None:
-            return {}
-        tokens = {"torch": found.generation.tokens, "tract": found.generation.tract_tokens}
-        return {name: self.tokenizer.decode([*found.generation.prompt, *ids]) for name, ids in tokens.items()}
+    def _sections(self, found: _Findings) -> tuple[Section, ...]:
+        """The tables of an `LlmReport` beside those of every report."""
+        tables = [found.quality.section()] if found.quality else []
+        if found.generation is not None:
+            tables.append(Section("Greedy text: torch against tract", ("outcome",), ((str(found.generation),),)))
+            if self.options.test_display_token_gens and self.tokenizer is not None:
+                tables.append(texts(self.tokenizer, found.generation))
+        if self.notes:
+            tables.append(Section("Notes", ("",), tuple((note,) for note in self.notes)))
+        return tuple(tables)
 
     def _ids(self, text: str) -> list[int]:
         """Tokens of a text; without a tokenizer, any."""

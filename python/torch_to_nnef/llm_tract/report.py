@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torch_to_nnef.report import Report, Section
+from torch_to_nnef.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from torch_to_nnef.llm_tract.generation import GenerationComparison
     from torch_to_nnef.llm_tract.quality import Quality
     from torch_to_nnef.verify import Comparison, OutputComparison
@@ -32,20 +30,6 @@ class LlmReport(Report):
     def ok(self) -> bool:
         """The archive was verified in all scenarios, and generates torch's text."""
         return super().ok and (self.generation is None or self.generation.ok)
-
-
-def sections(
-    generation: GenerationComparison | None, quality: Quality | None, texts: Mapping[str, str], notes: Iterable[str]
-) -> tuple[Section, ...]:
-    """The tables of an `LlmReport` beside those of every report."""
-    found = [quality.section()] if quality else []
-    if generation:
-        found.append(Section("Greedy text: quantized torch against tract", ("outcome",), ((str(generation),),)))
-    if texts:
-        found.append(Section("Texts generated", ("by", "text"), tuple(texts.items())))
-    if lines := tuple((note,) for note in notes):
-        found.append(Section("Notes", ("",), lines))
-    return tuple(found)
 
 
 def condensed(comparison: Comparison) -> Comparison:
