@@ -198,7 +198,7 @@ class _Work:
 
     def _verify(self, plan: Plan, layout: Layout, reference: FloatReference | None) -> _Findings:
         """The scenarios, then text; raises at the first that is wrong."""
-        held = sum(variable.tensor.nbytes for variable in plan.document.variables)
+        held = sum(_nbytes(variable.tensor) for variable in plan.document.variables)
         LOGGER.info("verification: tract holds the archive too, about %s", size(held))
         step, tolerance = as_step(self.model, self.signature), self.options.tract_check_io_tolerance
         ids = self._ids(PROSE)
