@@ -49,8 +49,9 @@ def load_offloaded(
             "or leave out --device-map"
         )
     weights = checkpoint_tensors(folder)
+    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):  # an auto class takes no weights: the class is asked of an empty model
-        kind = type(AutoModelForCausalLM.from_config(config, **options))
+        kind = type(auto.from_config(config, **options))
     options |= {"dtype": dtype or config.dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, found = kind.from_pretrained(None, config=config, state_dict=weights, **options)
@@ -61,7 +62,8 @@ def load_offloaded(
     for _, tensor in list(places.tensors()):
         if isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor, OffloadedTensor):
             places.update_by_ref(tensor, offload(tensor) if tensor.nbytes > _LARGE else tensor)
-    return model.requires_grad_(False)
+    loaded: PreTrainedModel = model.requires_grad_(False)
+    return loaded
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, OffloadedTensor]:

@@ -116,9 +116,14 @@ def cut(extents: Sequence[Extent], start: int, stop: int) -> Extents:
     return tuple(found)
 
 
+def raw_memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor; writes go through."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
 def read_into(extents: Sequence[Extent], tensor: torch.Tensor) -> None:
     """Fill `tensor` (contiguous, CPU) with the bytes of `extents`."""
-    view, at = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0
+    view, at = raw_memory(tensor), 0
     for extent in extents:
         extent.file.read_into(extent.offset, view[at : at + extent.nbytes])
         at += extent.nbytes

@@ -15,7 +15,7 @@ import torch
 from typing_extensions import Self
 
 from torch_to_nnef.exceptions import T2NErrorMisuse
-from torch_to_nnef.tensor.extents import Extents, Scratch, cut, own_memory, read_into, safetensors_extents
+from torch_to_nnef.tensor.extents import Extents, Scratch, cut, own_memory, raw_memory, read_into, safetensors_extents
 from torch_to_nnef.torch_internals import pytree, without_torch_function
 
 _aten = torch.ops.aten
@@ -51,10 +51,10 @@ class OffloadedTensor(torch.Tensor):
     ) -> Self:
         """Refer to `extents`; nothing is read."""
         tensor = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=dtypes[-1], device="cpu", requires_grad=requires_grad
+            cls, tuple(shape), dtype=dtypes[-1], device=torch.device("cpu"), requires_grad=requires_grad
         )
         tensor.extents, tensor.dtypes = extents, tuple(dtypes)
-        return cast("Self", tensor)
+        return tensor
 
     def load(self) -> torch.Tensor:
         """The values as a plain tensor; read in pieces where they are cast, so that they are never there twice."""
@@ -80,7 +80,7 @@ class OffloadedTensor(torch.Tensor):
             yield start, first
 
     def _derive(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> OffloadedTensor:
-        dtypes = self.dtypes if dtype in (None, self.dtype) else (*self.dtypes, cast("torch.dtype", dtype))
+        dtypes = self.dtypes if dtype in (None, self.dtype) else (*self.dtypes, dtype)
         return OffloadedTensor(self.extents, self.shape if shape is None else shape, dtypes)
 
     def _part(self, start: int, stop: int, shape: Sequence[int]) -> OffloadedTensor:
@@ -100,7 +100,7 @@ class OffloadedTensor(torch.Tensor):
         return cast("OffloadedTensor", memo[id(self)])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.load().__reduce_ex__(protocol)
+        return self.load().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
     def __torch_function__(
@@ -283,6 +283,5 @@ def offload(tensor: torch.Tensor) -> OffloadedTensor:
     folder = _folder.get() or Path(tempfile.gettempdir()).resolve()
     scratch = _scratches.get(folder) or Scratch(folder)
     _scratches[folder] = scratch
-    values = tensor.detach().contiguous()
-    extent = scratch.append(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+    extent = scratch.append(raw_memory(tensor.detach().contiguous()))
     return OffloadedTensor((extent,), tensor.shape, (tensor.dtype,))
