@@ -8,12 +8,16 @@ import torch
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.llm_tract.causal import Signature, cache_argument
+from torch_to_nnef.llm_tract.rotary import without_writes
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 # Rotary tables that reach `factor` times the context of their training; of other kinds max_position_embeddings is the whole.
 _STRETCHED = ("yarn", "longrope")
+# Layers of a transformers cache. One with a window is one without to us, since the mask of the model applies the window; a dummy reads
+# the keys of another layer, and is in transformers from 5.2x on.
+_OF_KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 # model_type -> an option of its config, and why a model with it is refused.
 _REFUSED_OPTIONS = {
     "falcon": ("alibi", "it computes alibi in bf16, which tract has not"),
@@ -35,6 +39,7 @@ def step_signature(config: PreTrainedConfig, logits: int | None = 1, *, trust_re
     with torch.device("meta"):
         model = _bare_model(config, trust_remote_code)
     _refuse_by_cache(model.config)
+    without_writes(model)
     return Signature(_layers(model.config, _filled_cache(model)), context_of(model.config), logits)
 
 
@@ -78,12 +83,9 @@ def _refuse_by_config(config: PreTrainedConfig) -> None:
 def _refuse_by_cache(config: PreTrainedConfig) -> None:
     """Refuse a model whose own cache has layers of other states: state-space, linear attention, compressed keys."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-    # A layer with a window is one without to us: the mask of the model applies the window. A dummy reads the keys of another layer.
-    known = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-    kinds = [type(layer) for layer in DynamicCache(config=config).layers]
-    other = next((kind.__name__ for kind in kinds if kind not in known), None)
+    kinds = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
+    other = next((kind for kind in kinds if kind not in _OF_KEYS_AND_VALUES), None)
     if other:
         raise _refusal(config, f"the state of a layer ({other}) is not its keys and values", _OWN_FORWARD)
 

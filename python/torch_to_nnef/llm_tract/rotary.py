@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,10 +25,10 @@ def _functional(rotary: nn.Module) -> nn.Module:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     read: Any = inspect.unwrap(type(rotary).forward)
-    config: Any = rotary.config
+    config, device = cast("Any", rotary.config), cast("torch.Tensor", rotary.inv_freq).device
     trained = config.rope_parameters["original_max_position_embeddings"]
-    short, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
-    long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=trained + 1)
+    short, _ = ROPE_INIT_FUNCTIONS["longrope"](config, device)
+    long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, device, seq_len=trained + 1)
 
     def forward(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         reader = copy.copy(self)
