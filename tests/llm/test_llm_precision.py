@@ -81,7 +81,7 @@ def test_norms_of_a_model_that_leaves_them_to_torch(tmp_path):
     torch.manual_seed(0)
     config = GPTNeoXConfig(num_hidden_layers=1, num_attention_heads=4, **sizes)
     model = GPTNeoXForCausalLM(config).half().eval()
-    half, single = (exported(model, tmp_path, **options)[1] for options in ({}, {"force_norm_in_f32": True}))
+    half, single = (exported(model, tmp_path, **options)[1] for options in ({}, dict.fromkeys(PARTS, True)))
     assert sum("tract_core_rms_norm" in line for line in half) == 3
     assert sum("= t2n_layer_norm_affine(" in line for line in single) == 3
 

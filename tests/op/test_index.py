@@ -3,6 +3,10 @@
 import pytest
 import torch
 from rows import BS, B, Row, check, flags, ids, x
+from torch import nn
+
+from torch_to_nnef import TractModel, export_model_to_nnef, quantize_and_verify
+from torch_to_nnef.inference_target import TractNNEF
 
 pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")
 
@@ -66,3 +70,34 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_op_gives_the_same_in_tract(row, tmp_path):
     check(row, tmp_path)
+
+
+class Tied(nn.Module):
+    """Scores of all words after one: rows of a table go in, products with the same table come out."""
+
+    def __init__(self, words, width):
+        super().__init__()
+        self.table = nn.Embedding(words, width)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.head(self.table(ids) + 1)
+
+
+@pytest.mark.parametrize(("words", "gathers"), [(4000, 2), (50, 1)])
+def test_a_large_table_is_cut_for_one_reader_so_that_the_other_has_it_beforehand(words, gathers, tmp_path):
+    """tract lays out a constant of more than 4 MiB again at each run if it has two readers; the price is a second copy."""
+    model, path = Tied(words, 270), tmp_path / "tied.nnef"
+    target = TractNNEF.latest(dynamic_axes={"ids": {1: "S"}})
+    export_model_to_nnef(model, torch.tensor([[0, 7, words - 1]]), path, target, compression_level=None)
+    text, nbytes = (path / "graph.nnef").read_text(), model.table.weight.nbytes
+    assert text.count("tract_core_gather(") == gathers
+    assert TractModel.load(path).weight_bytes > 1.98 * nbytes  # one to look up in, one as kernels want it
+    assert sum(file.stat().st_size for file in path.iterdir()) < 1.01 * nbytes + 2000
+
+
+def test_a_packed_table_stays_whole(tmp_path):
+    report = quantize_and_verify(Tied(4000, 288), ids(1, 3, high=4000), tmp_path / "tied.nnef", method="min_max_q4_0_all")
+    assert report.ok
+    assert (tmp_path / "tied.nnef" / "graph.nnef").read_text().count("tract_core_gather(") == 1

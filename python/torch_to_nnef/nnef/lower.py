@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,7 +87,19 @@ class _Lowering:
         self.env: dict[str, Ref | Unavailable] = {}
         producers = {value.name: node for node in graph.nodes for value in node.outputs}
         results = frozenset(value.name for value in graph.outputs)
-        self.emitter = Emitter(self.names.fresh, producers, graph.tensors.__getitem__, results, forced)
+        self.emitter = Emitter(
+            self.names.fresh, producers, graph.tensors.__getitem__, results, forced, frozenset(self._shared())
+        )
+
+    def _shared(self) -> Iterator[str]:
+        """Names of weights that several calls read."""
+        tensors, readers = self.graph.tensors, Counter[int]()
+        for node in self.graph.nodes:
+            values = (
+                leaf.name for leaf in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(leaf, Value)
+            )
+            readers.update({id(tensors[self.graph.weights[name]]) for name in values if name in self.graph.weights})
+        return (fqn for tensor, fqn in self.first_fqn.items() if readers[tensor] > 1)
 
     def run(self, name: str) -> Lowered:
         inputs = []

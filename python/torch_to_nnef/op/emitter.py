@@ -25,12 +25,14 @@ Scalar = int | float | bool
 _MOVES = frozenset({"copy", "reshape", "slice", "squeeze", "tract_core_cast", "transpose", "unsqueeze"})
 # Those that tract makes a concatenation of.
 _JOINS = frozenset({"concat", "stack", "pad"})
+# Largest constant that tract computes with beforehand although others read it too.
+_FOLDED_BYTES = 4 << 20
 
 
 class Emitter:
     """Collects the statements of one graph. `node` is the call being lowered; `fresh` gives unused identifiers for it.
 
-    `forced` names the operators that an option of the target moves from f16 to f32.
+    `forced` names the operators that an option of the target moves from f16 to f32, `shared` the weights that several calls read.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Emitter:
         weights: Callable[[str], torch.Tensor],
         results: frozenset[str] = frozenset(),
         forced: frozenset[str] = frozenset(),
+        shared: frozenset[str] = frozenset(),
     ) -> None:
         self.statements: list[Statement] = []
         self.variables: dict[str, Variable] = {}
@@ -47,7 +50,7 @@ class Emitter:
         self._makers: dict[str, Statement] = {}
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
         self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
-        self.forced = forced
+        self.forced, self._shared = forced, shared
         self._fresh, self._producers, self._weights, self._results = fresh, producers, weights, results
 
     # -- statements
@@ -138,6 +141,15 @@ class Emitter:
     def is_quantized(self, ref: Ref) -> bool:
         """Whether `ref` is a weight that stays packed in the archive."""
         return ref.fqn is not None and isinstance(self._weights(ref.fqn), QTensor)
+
+    def is_laid_out_each_run(self, ref: Ref) -> bool:
+        """Whether tract lays out `ref` for its kernels at every run, as it does with a large constant that has several readers.
+
+        tract-core 0.23.9, optim/prop_const.rs; what is a slice of the constant it cuts beforehand, and counts as no reader.
+        """
+        if ref.fqn not in self._shared or self.is_quantized(ref):
+            return False
+        return self._weights(ref.fqn).nbytes > _FOLDED_BYTES
 
     def beside(self, weight: Ref, x: Ref) -> Ref:
         """`x` as the other operand of `weight`.

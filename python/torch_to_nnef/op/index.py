@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ MASKS = (torch.bool, torch.uint8)
 
 def rows(e: Emitter, weight: Ref, indices: Ref) -> Ref:
     """Rows of a weight (V, D), packed or not, at `indices`."""
+    width = weight.shape[-1]
+    if e.is_laid_out_each_run(weight) and width > 1:
+        halves = [e.slice(weight, 1, start, stop - start) for start, stop in pairwise((0, width // 2, width))]
+        shape = (*indices.shape, width)
+        return e.op(
+            "concat", [rows(e, half, indices) for half in halves], out=shape, dtype=weight.dtype, axis=indices.rank
+        )
     # tract has to be told the dtype of what comes out of packed blocks.
     unpacked: dict[str, Any] = {"datum_type": "f32", "dtype": torch.float32} if e.is_quantized(weight) else {}
     shape = (*indices.shape, *weight.shape[1:])
