@@ -19,7 +19,11 @@ def memory(field: str) -> int:
 
 def export(checkpoint: Path, folder: Path, method: str, dtype: str) -> dict[str, float]:
     """Seconds of each step."""
-    options = {"compression_method": None if method == "none" else method, "force_module_dtype": dtype, "no_verify": True}
+    options = {
+        "compression_method": None if method == "none" else method,
+        "force_module_dtype": dtype,
+        "no_verify": True,
+    }
     report = export_llm(
         LlmOptions(local_dir=checkpoint, export_dirpath=folder, device_map="t2n_offload_disk", **options)
     )
