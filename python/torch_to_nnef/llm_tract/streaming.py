@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.log import LOGGER
 from torch_to_nnef.tensor.offload import OffloadedTensor, offload, offloaded_safetensors
 from torch_to_nnef.tensor.updater import ModTensorUpdater
 
@@ -35,7 +36,7 @@ def load_offloaded(
 
     Raises:
         T2NErrorNotFoundFile: No safetensors checkpoint in `folder`, or not all of it.
-        T2NErrorInconsistentTensor: A file is damaged; or the model lacks weights, or has others, than the files hold.
+        T2NErrorInconsistentTensor: A file is damaged; or weights of the model are missing, or have another shape.
         T2NErrorInvalidArgument: A checkpoint that is quantized already.
 
     """
@@ -101,14 +102,16 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 
 def _refuse_differences(folder: Path, found: Mapping[str, Any]) -> None:
+    """Raise for weights that the model would lack; say which of the files it does not use."""
     wrong = {
         "are missing": found.get("missing_keys"),
-        "are not of this model": found.get("unexpected_keys"),
         "have another shape than the configuration says": found.get("mismatched_keys"),
     }
     lines = [f"{len(keys)} weights {what}: {_few(sorted(map(str, keys)))}" for what, keys in wrong.items() if keys]
     if lines:
         raise T2NErrorInconsistentTensor(f"{folder} does not hold this model: {'; '.join(lines)}")
+    if unused := sorted(found.get("unexpected_keys") or ()):
+        LOGGER.warning("%d tensors of %s are not part of the model: %s", len(unused), folder.name, _few(unused))
 
 
 def _few(names: list[str]) -> str:

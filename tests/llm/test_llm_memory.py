@@ -1,0 +1,114 @@
+"""An export holds a weight at a time: the packed ones of one, never a model."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from shards import Llama, write_checkpoint
+from tiny import tiny_llama
+
+from torch_to_nnef import _native
+from torch_to_nnef.llm_tract import export as llm_export
+from torch_to_nnef.llm_tract.export import export_llm
+from torch_to_nnef.llm_tract.options import LlmOptions
+from torch_to_nnef.nnef.writer import raw_bytes
+from torch_to_nnef.tensor.offload import offloaded_safetensors
+from torch_to_nnef.tensor.quant import quantize_q40
+
+CHILD = Path(__file__).with_name("export_in_child.py")
+MIB, GIB = 1 << 20, 1 << 30
+# 4.5 bits a weight.
+PACKED = 4.5 / 8
+
+# 170 million weights in a few layers, since capture costs by layers: 340 MB in bf16, 680 in f32, 96 packed.
+TWIN = Llama(hidden=2048, intermediate=8192, layers=2, heads=16, key_value_heads=8, vocabulary=8192)
+
+
+def export(checkpoint, folder, method, dtype="f32"):
+    program = [sys.executable, str(CHILD), str(checkpoint), str(folder), method, dtype]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twin")
+    yield write_checkpoint(folder / "checkpoint", TWIN, shard_bytes=64 * MIB)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_model(twin, tmp_path):
+    found = export(twin, tmp_path / "out", "min_max_q4_0_all")
+    grown = found["peak"] - found["before"]
+    # The largest weight packed, twice (planes, and what the archive makes of them), pieces of 1 M values, and 40 MB for the graph.
+    # Holding the packed model would take 96 MB, the largest weight in f32 67 MB, the checkpoint 340 MB.
+    assert grown < 2 * PACKED * TWIN.largest() + 48 * MIB, f"{grown / MIB:.0f} MiB"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "tiny", "tiny-out"}
+
+
+@pytest.mark.parametrize("title", ["compress", "write"])
+def test_an_interrupt_leaves_nothing(title, tmp_path, monkeypatch):
+    """Half way, as by Ctrl-C: neither an archive, nor a folder, nor a scratch file."""
+
+    def interrupted(done, total, name):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    bars = {title: interrupted}
+    monkeypatch.setattr(llm_export, "progress_bars", lambda: nullcontext(lambda name: bars.get(name, lambda *_: None)))
+    checkpoint = tiny_llama(tmp_path / "checkpoint")
+    options = {"compression_method": "q40", "device_map": "t2n_offload_disk", "no_verify": True}
+    with pytest.raises(KeyboardInterrupt):
+        export_llm(LlmOptions(local_dir=checkpoint, export_dirpath=tmp_path / "exports" / "out", **options))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def alone(checkpoint, folder, encoder):
+    """Seconds to read every weight, to quantize what was read, and to write the result: nothing else, one after the other."""
+    seconds = 0.0
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        for tensor in offloaded_safetensors(shard).values():
+            start = time.perf_counter()
+            values = tensor.load()
+            if values.dim() == 2:
+                packed = quantize_q40(values, encoder)
+                writer = _native.ArchiveWriter(folder / "alone.nnef.tgz", "tgz", 1)
+                codes, scales = (raw_bytes(plane) for plane in packed.planes())
+                writer.add_q40("w", list(packed.shape), codes, scales)
+                writer.finish()
+            seconds += time.perf_counter() - start
+            del values
+    return seconds
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("method", "encoder"), [("min_max_q4_0_all", "min_max"), ("q40", "scale_search")])
+def test_eight_billion_weights_in_four_gibibytes(big, tmp_path, method, encoder):
+    found = export(big, tmp_path / "out", method, "f16")
+    assert found["peak"] <= 4 * GIB, f"{found['peak'] / MIB:.0f} MiB"
+    wanted = alone(big, tmp_path, encoder)
+    assert found["seconds"] <= 1.5 * wanted, f"{found} against {wanted:.0f} s alone"
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("big")
+    if (free := shutil.disk_usage(folder).free) < 40 * 10**9:
+        pytest.skip(f"16 GB of weights and what is made of them need 40 GB of disk: {free / 1e9:.0f} are free")
+    yield write_checkpoint(folder / "checkpoint", Llama())
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_compressing_takes_no_longer_than_not(twin, tmp_path):
+    """What quantizing costs is saved by writing less."""
+    seconds = {method: export(twin, tmp_path / method, method)["seconds"] for method in ("none", "q40")}
+    assert seconds["q40"] <= seconds["none"], seconds
