@@ -27,6 +27,7 @@ _SHARING = _ALTERNATING | {
     "vocab_size_per_layer_input": VOCABULARY,
 }
 _LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -125,6 +126,31 @@ FAMILIES = {
     "llama4, text, dense (chunked attention)": (
         "Llama4Text",
         _HEADS | {"moe_layers": [], "intermediate_size_mlp": 96, "attention_chunk_size": 4},
+    ),
+    "mixtral (experts)": ("Mixtral", _GROUPED | {"num_local_experts": 4}),
+    "qwen2-moe (shared expert)": ("Qwen2Moe", _GROUPED | _EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "qwen3-moe": ("Qwen3Moe", _HEADS | _EXPERTS),
+    "gpt-oss (sinks, experts with biases)": ("GptOss", _HEADS | {"num_local_experts": 4, "sliding_window": 4}),
+    "olmoe": ("Olmoe", _GROUPED | _EXPERTS),
+    "granite-moe": ("GraniteMoe", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3.5-moe": ("Phimoe", _GROUPED | {"num_local_experts": 4}),
+    "deepseek-v3 (groups of experts)": (
+        "DeepseekV3",
+        _ALL
+        | _LATENT
+        | _EXPERTS
+        | {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "glm4-moe": ("Glm4Moe", _HEADS | _EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1}),
+    "ernie4.5-moe": (
+        "Ernie4_5_Moe",
+        _GROUPED | _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    ),
+    "llama4, text": (
+        "Llama4Text",
+        _HEADS
+        | {"num_local_experts": 4, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 96}
+        | {"attention_chunk_size": 4},
     ),
     "opt": ("OPT", _ALL | {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1}),
     "xglm": (
