@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 import pytest
-from tiny import TEMPLATE, TEXT, tiny_model, tiny_tokenizer
-from tokenizers import Tokenizer
-from trained import export
+from tiny import TEMPLATE, TEXT, tiny_llama, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from trained import export, trained_model
 
 from torch_to_nnef.exceptions import (
     T2NErrorInvalidArgument,
@@ -23,6 +23,8 @@ from torch_to_nnef.exceptions import (
     T2NErrorRuntime,
 )
 from torch_to_nnef.llm_tract import TractLLM
+from torch_to_nnef.llm_tract.export import export_llm
+from torch_to_nnef.llm_tract.options import LlmOptions
 from torch_to_nnef.llm_tract.tokenizer import TextTokenizer
 
 FRANCE = "The capital of France is"
@@ -240,6 +242,26 @@ def test_chat_templates_do_what_transformers_promises(exported, tmp_path):
         TextTokenizer(folder)
 
 
+def test_bytes_that_are_no_text_do_not_end_it(tmp_path):
+    """Byte tokens before a text that make what was decoded another one: 0x41 is "A", until 0xF0 follows."""
+    vocabulary = {"<unk>": 0, "\u2581x": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    pieces = list(TextTokenizer(tmp_path).decode([1], [2 + 0x41, 2 + 0xF0, 1, 1]))
+    assert pieces == ["A", " x", " x"]
+
+
+def test_a_text_without_the_space_before_it_keeps_it(tmp_path):
+    """Decoders that strip the space at the beginning of a text see that this is none."""
+    vocabulary = {"<unk>": 0, "\u2581is": 1, "\u2581Paris": 2}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert list(TextTokenizer(tmp_path).decode([1], [2])) == [" Paris"]
+    assert list(TextTokenizer(tmp_path).decode([], [2])) == ["Paris"]
+
+
 def test_files_that_transformers_reads_in_another_way(exported, tmp_path):
     """Truncation and padding are for training; a tokenizer may be of a kind that is no `tokenizer.json`; text must be Unicode."""
     folder = tmp_path / "tokenizer"
@@ -272,14 +294,14 @@ def test_folders_that_are_no_export(exported, tmp_path):
         TractLLM(folder)
 
 
-def test_flat_folders_are_read_too(exported, tmp_path):
-    deep = exported()
-    modes = json.loads((deep / "modes.json").read_text())
-    modes["files"] = {"archive": "model.nnef.tgz", "tokenizer": "."}
-    shutil.copy(deep / "model" / "model.nnef.tgz", tmp_path)
-    shutil.copytree(deep / "tokenizer", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "modes.json").write_text(json.dumps(modes))
-    assert "".join(TractLLM(tmp_path).generate(FRANCE, 4)).startswith(" Paris")
+@pytest.mark.parametrize("struct", ["deep", "flat"])
+def test_what_the_command_leaves_is_used_at_once(struct, tmp_path):
+    checkpoint = tiny_llama(tmp_path / "checkpoint", trained_model())
+    options = {"export_dir_struct": struct, "dump_with_tokenizer_and_conf": True, "no_verify": True}
+    export_llm(LlmOptions(export_dirpath=tmp_path / "out", local_dir=checkpoint, **options))
+    llm = TractLLM(tmp_path / "out")
+    assert "".join(llm.generate(ITALY)) == "Rome is 🏛 it."
+    assert (llm.answer.ended, llm.context, llm.eos_ids) == ("eos", 128, {2})
 
 
 def chat(folder, *arguments, **options):

@@ -8,7 +8,7 @@ import torch
 from tiny import TEXT, tiny_model, tiny_tokenizer
 from trained import archive_in, sample_of, signature_of, trained_model
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorIOPytorchTractNotISO
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorIOPytorchTractNotISO, T2NErrorTract
 from torch_to_nnef.inference_target import TractCheckTolerance
 from torch_to_nnef.llm_tract.causal import as_step
 from torch_to_nnef.llm_tract.scenarios import scenarios, verify_scenarios
@@ -74,3 +74,9 @@ def test_a_wrong_archive_is_named_by_scenario_and_output(exported):
     assert {o.name for c in comparisons for o in c.outputs if not o.ok} == {"outputs", "out_cache_value_1"}
     with pytest.raises(T2NErrorIOPytorchTractNotISO, match="prompt_with_past: S=16, P=16: output 'out_cache_value_1'"):
         raise_on_mismatch(comparisons, [run.input_set for run in runs])
+
+
+def test_what_tract_refuses_is_named_by_scenario(exported):
+    archive = archive_in(exported(None, 3))  # takes three tokens at least
+    with pytest.raises(T2NErrorTract, match=r"scenario text_generation: .* S *[>-]"):
+        verify_scenarios(archive, runs_of(trained_model())[3:], TractCheckTolerance.APPROXIMATE)

@@ -47,6 +47,8 @@ def chat(
     with outcome(verbose=False):
         from torch_to_nnef.llm_tract import TractLLM
 
+        if sys.stdin.isatty():
+            _note(f"loading {folder}; /reset begins a new conversation, /exit leaves")
         model = TractLLM(folder, threads or os.cpu_count())
         drawing = {"temperature": temperature, "top_p": top_p, "seed": seed}
         _talk(Conversation(model, system, {"max_new_tokens": max_new_tokens, **drawing}))
@@ -70,13 +72,14 @@ class Conversation:
         """Pieces of what the model says to `line`. What was said before an interrupt stays said; after an error nothing of it was."""
         asked = [*self._messages, {"role": "user", "content": line}]
         prompt = asked if self.model.tokenizer.chats else "\n".join(message["content"] for message in asked)
-        said = ""
+        said, ended = "", False
         try:
             for piece in self.model.generate(prompt, **self._options):
                 said += piece
                 yield piece
+            ended = True
         finally:
-            if said:
+            if said or ended:
                 self._messages = [*asked, {"role": "assistant", "content": said}]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorIoQuantity
+from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIoQuantity, T2NErrorTract
 from torch_to_nnef.verify import Comparison, InputSet, compare
 from torch_to_nnef.verify.compare import as_array
 
@@ -85,7 +85,10 @@ def verify_scenarios(
     comparisons = []
     for scenario in runs:
         inputs, _ = scenario.arrays
-        actual = archive.run(**inputs)
+        try:
+            actual = archive.run(**inputs)
+        except T2NError as error:
+            raise T2NErrorTract(f"tract failed on the archive in scenario {scenario.name}: {error}") from error
         if missing := [name for name in scenario.outputs if name not in actual]:
             raise T2NErrorIoQuantity(f"the archive has no output {missing}; it has {list(actual)}")
         outputs = tuple(compare(e, actual[name], tolerance, name=name) for name, e in scenario.outputs.items())

@@ -66,7 +66,7 @@ def _read(file: Path, most: int) -> tuple[str, bool]:
     if not file.is_file():
         raise T2NErrorNotFoundFile(f"no text at {str(file)!r}")
     try:
-        with file.open(encoding="utf-8") as stream:
+        with file.open(encoding="utf-8-sig") as stream:
             return stream.read(most), bool(stream.read(1))
     except UnicodeDecodeError as error:
         raise T2NErrorInvalidArgument(f"{str(file)!r} is not UTF-8: {error}") from error

@@ -87,7 +87,14 @@ class TextTokenizer:
 
         stream = DecodeStream(ids=list(before), skip_special_tokens=True)
         for token in tokens:
-            if piece := stream.step(self._tokenizer, token):
+            try:
+                piece = stream.step(self._tokenizer, token)
+            except (
+                Exception
+            ):  # byte tokens that are no text have changed what was decoded: tokenizers has no other class for that
+                stream = DecodeStream(skip_special_tokens=True)
+                piece = stream.step(self._tokenizer, token)
+            if piece:
                 yield piece
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
