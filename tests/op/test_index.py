@@ -98,6 +98,8 @@ def test_a_large_table_is_cut_for_one_reader_so_that_the_other_has_it_beforehand
 
 
 def test_a_packed_table_stays_whole(tmp_path):
-    report = quantize_and_verify(Tied(4000, 288), ids(1, 3, high=4000), tmp_path / "tied.nnef", method="min_max_q4_0_all")
+    report = quantize_and_verify(
+        Tied(4000, 288), ids(1, 3, high=4000), tmp_path / "tied.nnef", method="min_max_q4_0_all"
+    )
     assert report.ok
     assert (tmp_path / "tied.nnef" / "graph.nnef").read_text().count("tract_core_gather(") == 1
