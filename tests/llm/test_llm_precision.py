@@ -9,11 +9,12 @@ from tiny import tiny_config, tiny_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config
 
 from torch_to_nnef import TractModel, export_model_to_nnef
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorIOPytorchTractNotISO
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorIOPytorchTractNotISO, T2NErrorRuntime
 from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.llm_tract.causal import as_step
 from torch_to_nnef.llm_tract.families import step_signature
 from torch_to_nnef.llm_tract.precision import ATTENTION, BEYOND_HALF, FORCED, cache_dtype, forced_for, widened
+from torch_to_nnef.llm_tract.scenarios import scenarios
 from torch_to_nnef.op.half import PARTS
 from torch_to_nnef.tensor.quant import QTensor
 
@@ -119,6 +120,16 @@ def test_what_no_option_rescues_is_said(caplog):
             forced_for(config, torch.float16)
         assert "-dt f32" in caplog.text
         caplog.clear()
+
+
+def test_a_model_that_overflows_in_torch_is_no_reference():
+    model = tiny_model(dtype=torch.float16, num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 3e4
+        model.model.layers[0].mlp.up_proj.weight *= 3e4
+    signature = step_signature(model.config)
+    with pytest.raises(T2NErrorRuntime, match=r"NaN or infinity in float16.*-dt f32"):
+        scenarios(as_step(model, signature), signature, signature.sample(320, model.dtype), range(9))
 
 
 def test_bf16_is_the_same_numbers_in_single(tmp_path, caplog):

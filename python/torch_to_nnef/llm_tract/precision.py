@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
 from torch_to_nnef.log import LOGGER
 
 if TYPE_CHECKING:
@@ -65,6 +65,15 @@ def widened(model: PreTrainedModel) -> PreTrainedModel:
         LOGGER.warning("tract has no bf16: the archive holds and computes the same numbers in f32")
         nn.Module.float(model)  # that of transformers refuses what was read from GGUF
     return model
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """Raise `T2NErrorRuntime` for logits that are no numbers: tract may well agree, and the archive would be as useless as the model."""
+    if logits.isnan().any() or logits.isposinf().any():
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise T2NErrorRuntime(
+            f"the model computes NaN or infinity in {dtype}, in torch already; f32 (-dt f32) has the widest range"
+        )
 
 
 def cache_dtype(name: str) -> torch.dtype:

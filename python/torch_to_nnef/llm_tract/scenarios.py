@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIoQuantity, T2NErrorTract
+from torch_to_nnef.llm_tract.precision import check_finite
 from torch_to_nnef.verify import Comparison, InputSet, compare
 from torch_to_nnef.verify.compare import as_array
 
@@ -52,7 +53,8 @@ def scenarios(
 
     ids: tokens of a text. total: most of them that are used, past and new; by default `DEFAULT_TOTAL`, or the context if that is less.
     The first run has noise for a past, the others what `step` itself makes of the text before.
-    Raises `T2NErrorInvalidArgument` if the text or `total` is too short for a past and new tokens, or `total` exceeds the context.
+    Raises `T2NErrorInvalidArgument` if the text or `total` is too short for a past and new tokens, or `total` exceeds the context, and
+    `T2NErrorRuntime` where torch gives no numbers.
     """
     new = max(signature.logits or 1, 1)
     ids = _bounded(ids, total, signature.context, least=max(2 * new, 3))
@@ -62,6 +64,7 @@ def scenarios(
         given = dict(zip(signature.input_names, inputs, strict=True))
         # Clones, because a model may write into its inputs.
         outputs = dict(zip(signature.output_names, step(*(tensor.clone() for tensor in inputs)), strict=True))
+        check_finite(outputs["outputs"])
         sizes = {s: given[i].shape[axis] for i, axes in signature.dynamic_axes.items() for axis, s in axes.items()}
         return Scenario(name, sizes, given, outputs)
 
