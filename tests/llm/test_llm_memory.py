@@ -47,9 +47,9 @@ def twin(tmp_path_factory):
 def test_memory_does_not_grow_with_the_model(twin, tmp_path):
     found = export(twin, tmp_path / "out", "min_max_q4_0_all")
     grown = found["peak"] - found["before"]
-    # The largest weight packed, twice (planes, and what the archive makes of them), pieces of 1 M values, and 40 MB for the graph.
+    # The largest weight packed, twice (planes, and what the archive makes of them), pieces of 1 M values, and what the graph takes.
     # Holding the packed model would take 96 MB, the largest weight in f32 67 MB, the checkpoint 340 MB.
-    assert grown < 2 * PACKED * TWIN.largest() + 48 * MIB, f"{grown / MIB:.0f} MiB"
+    assert grown < 2 * PACKED * TWIN.largest() + 32 * MIB, f"{grown / MIB:.0f} MiB"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "tiny", "tiny-out"}
 
 
@@ -109,6 +109,7 @@ def big(tmp_path_factory):
 
 @pytest.mark.slow
 def test_compressing_takes_no_longer_than_not(twin, tmp_path):
-    """What quantizing costs is saved by writing less."""
-    seconds = {method: export(twin, tmp_path / method, method)["seconds"] for method in ("none", "q40")}
-    assert seconds["q40"] <= seconds["none"], seconds
+    """What quantizing costs is saved by writing less. A weight that is written as it is is in memory once, in f32."""
+    found = {method: export(twin, tmp_path / method / "out", method) for method in ("none", "q40")}
+    assert found["q40"]["seconds"] <= found["none"]["seconds"], found
+    assert found["none"]["peak"] - found["none"]["before"] < 1.2 * 4 * TWIN.largest() + 32 * MIB, found

@@ -27,6 +27,7 @@ def saved(request, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(request.param)
     model = hf.AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = [7, 8]
     model.save_pretrained(folder, max_shard_size="60KB")
     assert (folder / "model.safetensors.index.json").is_file()
     return folder
@@ -44,6 +45,8 @@ def test_it_is_what_transformers_loads(saved, dtype):
     found = load_offloaded(saved, dtype=dtype)
     assert type(found) is type(wanted)
     assert not found.training
+    assert found.config.to_dict() == wanted.config.to_dict()
+    assert found.generation_config.to_dict() == wanted.generation_config.to_dict()
     state = wanted.state_dict()
     assert list(state) == list(found.state_dict())
     for name, parameter in found.named_parameters(remove_duplicate=False):

@@ -88,6 +88,23 @@ def test_computes_on_plain_values(plain, name):
     assert torch.equal(result, READS[name](plain))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda t: torch.select(t, 0, 6),
+        lambda t: torch.select(t, 0, -7),
+        lambda t: t.split([1, 2]),
+        lambda t: t.view(5, -1),
+        lambda t: torch.cat([t, t[0]]),
+        lambda t: torch.stack([t, t[:2]]),
+    ],
+)
+def test_what_torch_refuses_is_refused(plain, wrong):
+    for tensor in (plain, offload(plain)):
+        with pytest.raises((RuntimeError, IndexError)):
+            wrong(tensor)
+
+
 def test_reading_as_python_and_numpy(plain):
     tensor = offload(plain)
     assert tensor.tolist() == plain.tolist()

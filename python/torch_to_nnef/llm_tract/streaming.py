@@ -40,7 +40,8 @@ def load_offloaded(
         T2NErrorInvalidArgument: A checkpoint that is quantized already.
 
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
 
     folder = Path(folder)
     config = config or AutoConfig.from_pretrained(folder, trust_remote_code=options.get("trust_remote_code", False))
@@ -59,6 +60,10 @@ def load_offloaded(
     except RuntimeError as error:  # of a conversion, after a report in the log
         raise T2NErrorInconsistentTensor(f"{folder} does not hold this model: {error}") from error
     _refuse_differences(folder, found)
+    # What transformers takes from a folder beside the weights.
+    model.config.name_or_path = str(folder)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     places = ModTensorUpdater(model)
     for _, tensor in list(places.tensors()):
         if isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor, OffloadedTensor):

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -161,6 +162,11 @@ _HALVES = (torch.bfloat16, torch.float16)
 # -- what is done without reading: each gives None where it is not
 
 
+def _shape(x: torch.Tensor) -> torch.Tensor:
+    """A tensor of that shape without values, on which torch checks what is asked for."""
+    return torch.empty(x.shape, device="meta")
+
+
 def _same(x: OffloadedTensor, **_: Any) -> OffloadedTensor:
     return x._derive()
 
@@ -176,7 +182,7 @@ _CONTIGUOUS = (torch.preserve_format, torch.contiguous_format)
 
 
 def _view(x: OffloadedTensor, size: Sequence[int]) -> OffloadedTensor:
-    return x._derive(torch.empty(x.shape, device="meta").view(size).shape)
+    return x._derive(_shape(x).view(size).shape)
 
 
 def _slice(
@@ -192,16 +198,16 @@ def _slice(
 def _select(x: OffloadedTensor, dim: int, index: int) -> OffloadedTensor | None:
     if dim % x.dim():
         return None
-    row, at = prod(x.shape[1:]), index % x.shape[0]
-    return x._part(at * row, (at + 1) * row, x.shape[1:])
+    shape = _shape(x).select(dim, index).shape
+    row, at = prod(shape), index % x.shape[0]
+    return x._part(at * row, (at + 1) * row, shape)
 
 
 def _split(x: OffloadedTensor, size: int | Sequence[int], dim: int = 0) -> list[OffloadedTensor] | None:
     if dim % x.dim():
         return None
-    sizes = [size] * -(-x.shape[0] // size) if isinstance(size, int) else size
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [cast("OffloadedTensor", _slice(x, 0, start, start + n)) for start, n in zip(starts, sizes, strict=True)]
+    ends = list(accumulate((len(part) for part in _shape(x).split(size)), initial=0))  # type: ignore[no-untyped-call]
+    return [cast("OffloadedTensor", _slice(x, 0, start, end)) for start, end in pairwise(ends)]
 
 
 def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> OffloadedTensor | None:
@@ -210,7 +216,7 @@ def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> OffloadedTensor | Non
     alike = [t for t in tensors if isinstance(t, OffloadedTensor) and t.dtypes == getattr(first, "dtypes", None)]
     if len(alike) != len(tensors):
         return None
-    shape = torch.cat([torch.empty(t.shape, device="meta") for t in alike], dim).shape
+    shape = torch.cat([_shape(t) for t in alike], dim).shape
     outer = prod(shape[: dim % len(shape)])
     runs = [(t, t.numel() // outer if outer else 0) for t in alike]
     parts = (t._part(i * n, (i + 1) * n, (n,)).extents for i in range(outer) for t, n in runs)
