@@ -11,7 +11,9 @@ from small_families import CONTEXT, FAMILIES, VOCABULARY, config_of, model_of
 from torch_to_nnef import TractNNEF, export_model_to_nnef, quantize_and_verify
 from torch_to_nnef.exceptions import T2NErrorDynamicShapeValue, T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.llm_tract.causal import as_step, cache_argument
+from torch_to_nnef.llm_tract.export import export_llm
 from torch_to_nnef.llm_tract.families import attention_of, context_of, step_signature
+from torch_to_nnef.llm_tract.options import LlmOptions
 from torch_to_nnef.tract_model import TractModel
 
 # Run in Q40 every day: each has a part that no other one has. The rest, and all in f32, are slow.
@@ -158,6 +160,16 @@ def test_a_model_that_turns_a_size_into_a_number_is_refused(llama, tmp_path):
     with pytest.raises(T2NErrorDynamicShapeValue, match=r"'P'.* became 3"):
         exported(step, signature, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bloom (alibi)", "gemma3 with images, on text", "gpt2 (Conv1D)", "opt"])
+def test_the_whole_way_of_a_folder_without_tokenizer(name, tmp_path):
+    model_of(config_of(name)).save_pretrained(tmp_path / "checkpoint")
+    report = export_llm(LlmOptions(export_dirpath=tmp_path / "out", local_dir=tmp_path / "checkpoint"))
+    assert report.ok
+    assert report.generation.ok
+    assert "without a tokenizer" in report.notes[0]
 
 
 # -- what a config says

@@ -87,7 +87,13 @@ class Checkpoint:
         own = self.adapter is not None and (self.adapter / "tokenizer_config.json").exists()
         folder, gguf = (self.adapter, None) if own else (self.folder, self.gguf)
         with _told(f"load the tokenizer of {self.name}"):
-            return AutoTokenizer.from_pretrained(folder, **_source(gguf, self.trust_remote_code))
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, **_source(gguf, self.trust_remote_code)
+            )
+        # Where its files lack, transformers may make one of a class by the config, with special tokens alone.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise T2NErrorRuntime(f"{self.name} has no tokenizer: its vocabulary is empty")
+        return tokenizer
 
     @cached_property
     def files(self) -> list[Path]:

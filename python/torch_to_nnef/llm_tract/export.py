@@ -19,7 +19,7 @@ from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.llm_tract.card import model_card
 from torch_to_nnef.llm_tract.causal import Signature, as_step
 from torch_to_nnef.llm_tract.checkpoint import DTYPES, Checkpoint
-from torch_to_nnef.llm_tract.families import attention_of, step_signature
+from torch_to_nnef.llm_tract.families import attention_of, step_signature, vocabulary_of
 from torch_to_nnef.llm_tract.generation import GenerationComparison, TorchSteps, compare_generation, texts
 from torch_to_nnef.llm_tract.layout import Layout, modes, properties, replaced_folder
 from torch_to_nnef.llm_tract.precision import cache_dtype, forced_for, widened
@@ -162,7 +162,7 @@ class _Work:
         return captured_graph(step, prepare(step, self._sample(), self.signature.input_names, axes))
 
     def _sample(self) -> tuple[torch.Tensor, ...]:
-        return self.signature.sample(self.model.config.vocab_size, self.model.dtype)
+        return self.signature.sample(vocabulary_of(self.model.config), self.model.dtype)
 
     def _compress(
         self, method: Method, captured: Captured, graph: Graph, layout: Layout, progress: Progress
@@ -239,7 +239,9 @@ class _Work:
         """Tokens of a text; without a tokenizer, any."""
         if self.tokenizer is None:
             generator = torch.Generator().manual_seed(0)
-            some: list[int] = torch.randint(self.model.config.vocab_size, (_GENERATED,), generator=generator).tolist()
+            some: list[int] = torch.randint(
+                vocabulary_of(self.model.config), (_GENERATED,), generator=generator
+            ).tolist()
             return some
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
@@ -250,7 +252,7 @@ class _Work:
             self.signature,
             name=name,
             model_type=config.model_type,
-            vocabulary=config.vocab_size,
+            vocabulary=vocabulary_of(config),
             dtype=self.signature.cached or self.model.dtype,
             eos_ids=self.checkpoint.eos_ids,
         )

@@ -62,6 +62,12 @@ def context_of(config: PreTrainedConfig) -> int | None:
     return max(sizes + stretched) if sizes else None
 
 
+def vocabulary_of(config: PreTrainedConfig) -> int:
+    """How many tokens a model knows; where it takes more than text, its language model."""
+    size: int = _text(config).vocab_size
+    return size
+
+
 def _refuse_by_config(config: PreTrainedConfig) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
