@@ -201,7 +201,7 @@ def relower(
     overlap = sorted(set(outputs) & set(graph.input_names))
     if overlap and not naming.may_overlap:
         raise T2NErrorInvalidArgument(f"names of inputs and outputs overlap: {overlap}")
-    lowered = lower(graph, name, outputs, naming.scheme, half.forced(target))
+    lowered = lower(graph, name, outputs, naming.scheme, half.forced(target), bool(target.reify_sdpa_operator))
     limits = (f"tract_assert {limit.assertion()}" for limit in captured.limits)
     lines = tuple(dict.fromkeys((*extensions, *limits)))
     document = replace(lowered.document, extensions=lines, properties=_properties(target))

@@ -57,7 +57,6 @@ KNOWN_FEATURE_FLAGS: frozenset[str] = frozenset()
 # Options whose effect does not exist yet. Any value but the default is refused, so that none is silently ignored.
 UNSERVED_OPTIONS = {
     "specific_tract_binary_path": "the check runs the tract linked into this package",
-    "reify_sdpa_operator": "the exporter chooses how attention is written",
     "upsample_with_debox": "upsampling is never written as `debox`",
 }
 
@@ -88,7 +87,9 @@ class TractNNEF(InferenceTarget):
     force_attention_inner_in_f32, force_linear_accumulation_in_f32, force_norm_in_f32: compute that part of a half
     precision model in f32: scores, softmax and their product with the values; the sums of a linear layer; layer, RMS and group
     norms. Without it that part is computed in f16, which may overflow where torch does not. Other dtypes are left as they are.
-    reify_sdpa_operator: write scaled dot product attention as one operator (True), or decomposed (False).
+    reify_sdpa_operator: True writes scaled dot product attention as `tract_transformers_sdpa`, except beside a float mask or over more
+    than 4 axes. Only a tract with that registry reads it, and it takes all cores whatever number of threads is asked for. False and
+    None: as products and a softmax, which every tract reads, and which is as fast on as many threads.
     upsample_with_debox: write nearest upsampling as `debox`.
 
     Raises `T2NErrorInvalidArgument` (a value outside the above, a version this build cannot serve),

@@ -65,18 +65,24 @@ def lower(
     output_names: Sequence[str],
     scheme: VariableNamingScheme,
     forced: frozenset[str] = frozenset(),
+    reify_sdpa: bool = False,
 ) -> Lowered:
     """Lower every node. `output_names` are one an output of the graph; raises what handlers raise, or `T2NErrorMissingOpEmitter`.
 
-    `forced` names the operators to compute in f32 where they are in f16.
+    `forced` names the operators to compute in f32 where they are in f16; `reify_sdpa` makes attention one operator.
     """
     refuse_missing(graph)
-    return _Lowering(graph, output_names, scheme, forced).run(name)
+    return _Lowering(graph, output_names, scheme, forced, reify_sdpa).run(name)
 
 
 class _Lowering:
     def __init__(
-        self, graph: Graph, output_names: Sequence[str], scheme: VariableNamingScheme, forced: frozenset[str]
+        self,
+        graph: Graph,
+        output_names: Sequence[str],
+        scheme: VariableNamingScheme,
+        forced: frozenset[str],
+        reify_sdpa: bool,
     ) -> None:
         table()
         self.graph, self.output_names = graph, output_names
@@ -88,7 +94,13 @@ class _Lowering:
         producers = {value.name: node for node in graph.nodes for value in node.outputs}
         results = frozenset(value.name for value in graph.outputs)
         self.emitter = Emitter(
-            self.names.fresh, producers, graph.tensors.__getitem__, results, forced, frozenset(self._shared())
+            self.names.fresh,
+            producers,
+            graph.tensors.__getitem__,
+            results,
+            forced,
+            frozenset(self._shared()),
+            reify_sdpa,
         )
 
     def _shared(self) -> Iterator[str]:

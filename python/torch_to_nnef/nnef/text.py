@@ -19,7 +19,7 @@ from torch_to_nnef.op.statement import Ref, Statement, Variable
 # `external<...>` and `variable<...>` say f32, i64 and bool; tract_core_external says the rest.
 _GENERIC = {torch.float32: "scalar", torch.int64: "integer", torch.bool: "logical"}
 # Operators of another registry than tract's core.
-_TRANSFORMERS = frozenset({"tract_moe_ffn"})
+_TRANSFORMERS = frozenset({"tract_moe_ffn", "tract_transformers_sdpa"})
 
 
 def graph_text(document: Document) -> str:

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as matmul, softmax, matmul: plain NNEF that every tract runs."""
+"""Scaled dot-product attention as product, softmax, product, which every tract runs; on request as tract's one operator."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from torch_to_nnef.graph.ir import Dim
+from torch_to_nnef.op.dtypes import tract_dtype
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.half import in_half
 from torch_to_nnef.op.product import AXES
@@ -48,26 +49,31 @@ def scaled_dot_product_attention(
         if not isinstance(features, int):
             raise e.refuse("the head size is dynamic; give scale=")
         scale = 1 / math.sqrt(features)
+    mask = _causal(e, rows, key.shape[-2]) if is_causal else attn_mask
+    if e.reify_sdpa and _fits_operator(query, mask):
+        return _one_operator(e, query, key, value, mask, float(scale))
     if dtype is torch.float16:  # before the product, which may be beyond f16
         query, scale = e.binary("mul", query, scale, dtype), 1.0
-    mask = _causal(e, rows, key.shape[-2]) if is_causal else attn_mask
     kind, masks = _masks(e, mask, query.rank, dtype)
     how: dict[str, Any] = {"scale": float(scale), "axis": query.rank - 1}
-    same_batch = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-    if e.out.dtype is torch.float16 and dtype is torch.float32 and same_batch:
-        return e.cast(_of_halves(e, query, key, value, kind, masks, how), e.out.dtype)
-    query, key, value = (e.cast(side, dtype) for side in (query, key, value))
+    query = e.cast(query, dtype)
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return e.cast(_keys_first(e, query, key, value, kind, masks, how), e.out.dtype)
+    key, value = (e.cast(side, dtype) for side in (key, value))
     result = e.op(f"t2n_attention{kind}", query, key, value, *masks, out=e.out.shape, **how)
     return e.cast(result, e.out.dtype)
 
 
-def _of_halves(e: Emitter, query: Ref, key: Ref, value: Ref, kind: str, masks: list[Ref], how: dict[str, Any]) -> Ref:
-    """Attention in f32 that leaves keys and values, a whole past perhaps, in f16: tract multiplies f16 by f32, fastest with f16 first."""
+def _keys_first(e: Emitter, query: Ref, key: Ref, value: Ref, kind: str, masks: list[Ref], how: dict[str, Any]) -> Ref:
+    """Attention whose products have keys and values first: tract cuts the first operand in panels of many rows, of which one query
+    would leave most empty. These stay in f16, a whole past perhaps, beside queries in f32: tract multiplies f16 by f32, fastest so.
+    """
+    key, value = (side if side.dtype is torch.float16 else e.cast(side, query.dtype) for side in (key, value))
     batch = AXES[: query.rank - 2]
-    products: dict[str, Any] = {"dtype": torch.float32, "acc": "f32"}
+    products: dict[str, Any] = {"dtype": query.dtype, "acc": tract_dtype(query.dtype, e.node.where())}
     scores = e.op(
         "tract_core_einsum",
-        [key, e.cast(query, torch.float32)],
+        [key, query],
         out=(*query.shape[:-1], key.shape[-2]),
         expr=f"{batch}yz,{batch}xz->{batch}xy",
         hint="scores",
@@ -76,6 +82,51 @@ def _of_halves(e: Emitter, query: Ref, key: Ref, value: Ref, kind: str, masks: l
     weights = e.op(f"t2n_attention_weights{kind}", scores, *masks, out=scores.shape, **how)
     expr = f"{batch}yz,{batch}xy->{batch}xz"
     return e.op("tract_core_einsum", [value, weights], out=e.out.shape, expr=expr, **products)
+
+
+def _fits_operator(query: Ref, mask: Ref | None) -> bool:
+    """Whether tract's operator does the same: one that adds a mask skips keys below -65503, even if a row has no others."""
+    return query.rank <= 4 and (mask is None or mask.dtype is torch.bool)
+
+
+def _one_operator(e: Emitter, query: Ref, key: Ref, value: Ref, mask: Ref | None, scale: float) -> Ref:
+    """`tract_transformers_sdpa`, which computes in f32, shares key/value heads by itself, and takes masks to add, without infinities."""
+    lead, dtype = 4 - query.rank, e.out.dtype if e.out.dtype is torch.float16 else torch.float32
+    key, value = (_before_repeat(e, side) for side in (key, value))
+    query, key, value = (e.lift(e.cast(side, dtype), 4) for side in (query, key, value))
+    batch, heads, rows, columns = *((1,) * lead + tuple(e.out.shape))[:2], query.shape[2], key.shape[2]
+    query = e.broadcast_to(query, (batch, heads, *query.shape[2:]))
+    key, value = (e.broadcast_to(side, (batch, *side.shape[1:])) for side in (key, value))
+    shape = (batch, heads, rows, value.shape[3])
+    how: dict[str, Any] = {
+        "scale": scale,
+        "datum_type": tract_dtype(dtype, e.node.where()),
+        "acc_datum_type": "f32",
+        "is_causal": False,
+    }
+    if mask is None:
+        y = e.op("tract_transformers_sdpa", query, key, value, out=shape, **how)
+    else:
+        lowest, zero = (e.constant(torch.full([1] * 4, v, dtype=dtype), "scalar") for v in (_MASKED[dtype], 0.0))
+        mask = e.lift(mask, 4)
+        mask = e.broadcast_to(mask, (*mask.shape[:2], rows, columns))
+        bias = e.op("select", mask, zero, lowest, out=mask.shape, dtype=dtype, hint="bias")
+        y = e.op("tract_transformers_sdpa", query, key, value, bias, out=shape, hint="mixed", **how)
+        some = e.op("any_reduce", mask, out=(*mask.shape[:3], 1), axes=[3], hint="some")
+        y = e.op("select", some, y, zero, out=shape, dtype=dtype)
+    return e.cast(e.squeeze(y, list(range(lead))), e.out.dtype)
+
+
+def _before_repeat(e: Emitter, side: Ref) -> Ref:
+    """Keys or values as they are before each head is repeated for the queries that share it."""
+    found, maker = side, None
+    for operator in ("reshape", "tract_core_broadcast", "unsqueeze"):
+        maker = e.maker(found)
+        if maker is None or maker.operator != operator:
+            return side
+        found = maker.args[0]
+    repeats = maker is not None and dict(maker.attrs)["axes"] == [2] and side.rank == found.rank == 4
+    return found if repeats and side.shape[2:] == found.shape[2:] else side
 
 
 def _masks(e: Emitter, mask: Ref | None, rank: int, dtype: torch.dtype) -> tuple[str, list[Ref]]:

@@ -32,7 +32,8 @@ _FOLDED_BYTES = 4 << 20
 class Emitter:
     """Collects the statements of one graph. `node` is the call being lowered; `fresh` gives unused identifiers for it.
 
-    `forced` names the operators that an option of the target moves from f16 to f32, `shared` the weights that several calls read.
+    `forced` names the operators that an option of the target moves from f16 to f32, `shared` the weights that several calls read;
+    `reify_sdpa` is the target's option for attention.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Emitter:
         results: frozenset[str] = frozenset(),
         forced: frozenset[str] = frozenset(),
         shared: frozenset[str] = frozenset(),
+        reify_sdpa: bool = False,
     ) -> None:
         self.statements: list[Statement] = []
         self.variables: dict[str, Variable] = {}
@@ -50,7 +52,7 @@ class Emitter:
         self._makers: dict[str, Statement] = {}
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], Ref] = {}
         self.node: Node = None  # type: ignore[assignment]  # set by the lowering loop before every handler
-        self.forced, self._shared = forced, shared
+        self.forced, self.reify_sdpa, self._shared = forced, reify_sdpa, shared
         self._fresh, self._producers, self._weights, self._results = fresh, producers, weights, results
 
     # -- statements
@@ -190,6 +192,10 @@ class Emitter:
         if direct and not all(isinstance(d, int) for d in x.shape):
             raise self.refuse("a product over numbers that are all one number, expanded; multiply it by weight.sum(-1)")
         return x
+
+    def maker(self, x: Ref) -> Statement | None:
+        """The statement that gives `x`; None for inputs and weights."""
+        return self._makers.get(x.id)
 
     def _viewed(self, x: Ref) -> Ref:
         """What `x` is a view of, however often."""
