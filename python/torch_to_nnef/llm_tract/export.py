@@ -207,7 +207,7 @@ class _Work:
         tract = TractModel.load(layout.archive)
         archive = verify_scenarios(tract, runs, tolerance)
         sets = [run.input_set for run in runs]
-        raise_on_mismatch(archive, sets, lambda inputs: locate(plan, layout.archive, inputs, tolerance))
+        raise_on_mismatch(archive, sets, lambda inputs: locate(plan, layout.archive, inputs, tolerance), plan.advice)
         found = _Findings(tuple(map(condensed, archive)))
         if (self.signature.logits or 0) > 1:
             self.note("the archive takes no single token, so no text was generated: --num-logits-to-keep 1 can")
