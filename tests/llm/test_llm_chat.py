@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -304,9 +305,14 @@ def test_what_the_command_leaves_is_used_at_once(struct, tmp_path):
     assert (llm.answer.ended, llm.context, llm.eos_ids) == ("eos", 128, {2})
 
 
+@contextmanager
 def chat(folder, *arguments, **options):
     command = [sys.executable, "-c", "from torch_to_nnef.cli import t2n; t2n()", "chat", str(folder), *arguments]
-    return subprocess.Popen(command, text=True, env={**os.environ, "NO_COLOR": "1"}, **options)
+    with subprocess.Popen(command, text=True, env={**os.environ, "NO_COLOR": "1"}, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # of no effect on one that has ended
 
 
 def piped(folder, lines, *arguments):
@@ -359,7 +365,7 @@ class Screen:
     def wait(self, *texts):
         """Read until all of `texts` came, in this order, since the last call."""
         for text in texts:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 60
             while text not in self.shown:
                 assert select.select([self.file], [], [], max(end - time.monotonic(), 0))[0], (
                     f"{text!r} not in {self.shown!r}"
@@ -387,6 +393,7 @@ def test_on_a_terminal_ctrl_c_stops_and_then_leaves(tmp_path):
         screen.wait("stopped; Ctrl-C again leaves", "> ")
         os.write(ours, b"/reset\n")
         screen.wait("> ")
+        time.sleep(1)  # readline misses a signal between its prompt and its wait for a key
         process.send_signal(signal.SIGINT)
         screen.wait("interrupted")
         assert process.wait(60) == 130
