@@ -140,7 +140,7 @@ class _Work:
             generation=found.generation,
             quality=found.quality,
             notes=tuple(self.notes),
-            sections=self._sections(found),
+            sections=self._sections(found, reference),
             steps=self.steps.taken(),
             versions={"torch": torch.__version__, "tract": tract_version, "torch_to_nnef": __version__},
         )
@@ -224,13 +224,13 @@ class _Work:
             found.quality = reference.quality([*forms, ("archive in tract", in_tract, tract.weight_bytes)])
         return found
 
-    def _sections(self, found: _Findings) -> tuple[Section, ...]:
+    def _sections(self, found: _Findings, reference: FloatReference | None) -> tuple[Section, ...]:
         """The tables of an `LlmReport` beside those of every report."""
         tables = [found.quality.section()] if found.quality else []
         if found.generation is not None:
             tables.append(Section("Greedy text: torch against tract", ("outcome",), ((str(found.generation),),)))
-            if self.options.test_display_token_gens and self.tokenizer is not None:
-                tables.append(texts(self.tokenizer, found.generation))
+            if self.options.test_display_token_gens and self.tokenizer is not None and reference is not None:
+                tables.append(texts(self.tokenizer, found.generation, reference.answer))
         if self.notes:
             tables.append(Section("Notes", ("",), tuple((note,) for note in self.notes)))
         return tuple(tables)

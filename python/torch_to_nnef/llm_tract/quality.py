@@ -83,8 +83,9 @@ class FloatReference:
             self._file.write(logits.tobytes())
             scores.add(logits, following)
         steps.reset()
-        answer, _ = run_ahead(steps, self._question, _ANSWER)
-        self.row = QualityRow(name, scores.perplexity, nbytes, self._text(answer))
+        self.answer, _ = run_ahead(steps, self._question, _ANSWER)
+        """Tokens it generates after `QUESTION`."""
+        self.row = QualityRow(name, scores.perplexity, nbytes, self._text(self.answer))
 
     def quality(self, forms: Sequence[tuple[str, Steps, int]]) -> Quality:
         """Measure other forms of the model, of each a name, steps and bytes of weights; the quickest last, since it answers ahead."""
