@@ -49,10 +49,10 @@ class Scenario:
 def scenarios(
     step: nn.Module, signature: Signature, sample: Sequence[torch.Tensor], ids: Sequence[int], total: int | None = None
 ) -> tuple[Scenario, ...]:
-    """`export` (the traced `sample`), `prompt`, `prompt_with_past` and `text_generation`, with the outputs of `step` in torch.
+    """`export` (sizes as the traced `sample`), `prompt`, `prompt_with_past` and `text_generation`, with the outputs of `step` in torch.
 
     ids: tokens of a text. total: most of them that are used, past and new; by default `DEFAULT_TOTAL`, or the context if that is less.
-    The first run has noise for a past, the others what `step` itself makes of the text before.
+    The past is always what `step` itself makes of the text before: noise is nothing that it was trained on, and in f16 its rounding is too.
     Raises `T2NErrorInvalidArgument` if the text or `total` is too short for a past and new tokens, or `total` exceeds the context, and
     `T2NErrorRuntime` where torch gives no numbers.
     """
@@ -68,14 +68,16 @@ def scenarios(
         sizes = {s: given[i].shape[axis] for i, axes in signature.dynamic_axes.items() for axis, s in axes.items()}
         return Scenario(name, sizes, given, outputs)
 
-    def going_on(name: str, past: int) -> Scenario:
+    def going_on(name: str, past: int, following: Sequence[int]) -> Scenario:
         # Attention is causal: the caches of a beginning are the beginning of the caches.
         caches = [prompt.outputs[output][:, :, :past].contiguous() for output in signature.carried.values()]
-        return run(name, [*_tokens(ids[past:], signature), *caches])
+        return run(name, [*_tokens(following, signature), *caches])
 
     prompt = run("prompt", [*_tokens(ids, signature), *signature.past(0, dtype)])
-    others = going_on("prompt_with_past", count // 2), going_on("text_generation", count - new)
-    return run("export", sample), prompt, *others
+    length, past = sample[0].shape[1], sample[-1].shape[2]
+    traced = going_on("export", past, [ids[at % count] for at in range(past, past + length)])
+    more = going_on("prompt_with_past", count // 2, ids[count // 2 :])
+    return traced, prompt, more, going_on("text_generation", count - new, ids[count - new :])
 
 
 def verify_scenarios(
