@@ -53,6 +53,18 @@ def test_memory_does_not_grow_with_the_model(twin, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "tiny", "tiny-out"}
 
 
+@pytest.mark.parametrize("method", [None, "q40"])
+def test_where_weights_lie_changes_no_byte(method, tmp_path):
+    checkpoint = tiny_llama(tmp_path / "checkpoint")
+    archives = []
+    for device_map, no_verify in (("t2n_offload_disk", False), ("cpu", True)):
+        options = {"compression_method": method, "device_map": device_map, "no_verify": no_verify}
+        report = export_llm(LlmOptions(local_dir=checkpoint, export_dirpath=tmp_path / device_map, **options))
+        archives.append((tmp_path / device_map / "model" / "model.nnef.tgz").read_bytes())
+        assert report.ok is not no_verify
+    assert archives[0] == archives[1]
+
+
 @pytest.mark.parametrize("title", ["compress", "write"])
 def test_an_interrupt_leaves_nothing(title, tmp_path, monkeypatch):
     """Half way, as by Ctrl-C: neither an archive, nor a folder, nor a scratch file."""
