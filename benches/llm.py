@@ -23,7 +23,8 @@ from torch_to_nnef.llm_tract.families import step_signature
 
 METHOD = "min_max_q4_0_all"
 CAPTURE_PROMISE = 1.2
-DECODE_PROMISE = 6.0
+# Of SmolLM2 in Q40 on one thread: what an export written by hand reached, decode and prefill.
+BY_HAND = (40, 71)
 TORCH, FLOAT, Q40 = "torch f32", "tract f32", f"tract {METHOD}"
 
 
@@ -104,7 +105,7 @@ def speed_table(model, signature, args):
     table = Table(
         title=f"{type(model).__name__}, {model.num_parameters() / 1e6:.0f} M parameters: tokens/s, best of {args.rounds} rounds",
         caption=f"decode: {args.new} tokens, one at a time, behind a prompt of {args.prompt}; prefill: that prompt at once. x: times as"
-        f" fast as the other with as many threads; promise for Q40 decode on one thread: {DECODE_PROMISE:.0f} x tract f32",
+        f" fast as the other with as many threads. An export written by hand reached {BY_HAND} tokens/s in Q40 on one thread.",
         title_justify="left",
         caption_justify="left",
     )
