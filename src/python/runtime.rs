@@ -122,8 +122,8 @@ impl Session {
         values: Vec<Bound<'py, PyUntypedArray>>,
     ) -> PyResult<()> {
         with_inputs(py, &values, |given| {
-            let named: Vec<_> = names.iter().cloned().zip(given.iter().copied()).collect();
-            native_short(py, || self.0.load_state(&named))
+            let state: Vec<_> = names.iter().cloned().zip(given.iter().copied()).collect();
+            native_short(py, || self.0.load_state(&state))
         })
     }
 }

@@ -123,7 +123,8 @@ mod tests {
 
     #[test]
     fn lengths_are_checked() {
-        let outcome = squared_error(&[0; 16], &[0; 2], FloatType::F32, &[0; 64], FloatType::F32, &AtomicBool::new(false));
+        let outcome =
+            squared_error(&[0; 16], &[0; 2], FloatType::F32, &[0; 64], FloatType::F32, &AtomicBool::new(false));
         assert!(matches!(outcome, Err(Error::InvalidArgument(_))), "{outcome:?}");
     }
 }

@@ -93,7 +93,9 @@ impl Session {
                 .map(|(index, input)| Ok((*index, self.model.array(*index, input)?)))
                 .collect::<TractResult<Vec<_>>>()
         })?;
-        loaded.into_iter().for_each(|(index, value)| state[index] = Some(value));
+        for (index, value) in loaded {
+            state[index] = Some(value);
+        }
         Ok(())
     }
 
@@ -138,6 +140,8 @@ fn beginning(model: &Model, carried: &[(usize, usize)]) -> Result<Vec<Option<Arr
 
 fn zeros(fact: &TypedFact) -> TractResult<Tensor> {
     let mut empty = SymbolValues::default();
-    fact.shape.iter().flat_map(TDim::symbols).for_each(|symbol| empty.set(&symbol, 0));
+    for symbol in fact.shape.iter().flat_map(TDim::symbols) {
+        empty.set(&symbol, 0);
+    }
     Tensor::zero_dt(fact.datum_type, &fact.shape.eval_to_usize(&empty)?)
 }
