@@ -25,7 +25,7 @@ MIB, GIB = 1 << 20, 1 << 30
 # 4.5 bits a weight.
 PACKED = 4.5 / 8
 
-# 170 million weights in a few layers, since capture costs by layers: 340 MB in bf16, 680 in f32, 96 packed.
+# 160 million weights in a few layers, since capture costs by layers: 320 MB in bf16, 640 in f32, 90 packed.
 TWIN = Llama(hidden=2048, intermediate=8192, layers=2, heads=16, key_value_heads=8, vocabulary=8192)
 
 
@@ -47,9 +47,9 @@ def twin(tmp_path_factory):
 def test_memory_does_not_grow_with_the_model(twin, tmp_path):
     found = export(twin, tmp_path / "out", "min_max_q4_0_all")
     grown = found["peak"] - found["before"]
-    # The largest weight packed, twice (planes, and what the archive makes of them), pieces of 1 M values, and what the graph takes.
-    # Holding the packed model would take 96 MB, the largest weight in f32 67 MB, the checkpoint 340 MB.
-    assert grown < 2 * PACKED * TWIN.largest() + 32 * MIB, f"{grown / MIB:.0f} MiB"
+    # The largest weight in f32 (64 MiB), and packed twice: planes, and what the archive makes of them. The rest is for the graph.
+    # Holding all packed weights would take 86 MiB more, the checkpoint 304.
+    assert grown < (4 + 2 * PACKED) * TWIN.largest() + 32 * MIB, f"{grown / MIB:.0f} MiB"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "tiny", "tiny-out"}
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from torch_to_nnef.quantize.rows import TensorRow, record, weight_error
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
-from torch_to_nnef.tensor.offload import OffloadedTensor
+from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
 
 Encode = Callable[[torch.Tensor, str], QTensorTractScaleOnly]
 # `(bytes done, all bytes, name of what is next)`.
 Progress = Callable[[int, int, str], None]
+_LARGEST_READ = 256 << 20
 _STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
@@ -57,13 +59,13 @@ def quantize_(
     encoded: dict[int, nn.Parameter | QTensor] = {}
     rows = []
     for target in targets:
-        fqn, packed = target.places[0].fqn, None
+        fqn, packed, read = target.places[0].fqn, None, target
         if target.reason is None:
             if progress:
                 progress(done, total, fqn)
-            weight = target.tensor.detach()
-            packed = encode(weight.mT, fqn).transposed() if target.transposed else encode(weight, fqn)
-        rows.append(row_of(target, packed, method))
+            read = replace(target, tensor=_read(target.tensor.detach()))
+            packed = encode(read.tensor.mT, fqn).transposed() if target.transposed else encode(read.tensor, fqn)
+        rows.append(row_of(read, packed, method))
         if packed is not None:
             done += target.nbytes
             kept = packed.offload() if isinstance(target.tensor, OffloadedTensor) else packed
@@ -75,6 +77,11 @@ def quantize_(
     for row in rows:
         record(row)
     return model
+
+
+def _read(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` in memory, since it is read twice; larger ones than any layer stay on disk, and are walked in pieces."""
+    return weight if weight.nbytes > _LARGEST_READ else loaded(weight)
 
 
 def _swap(targets: Sequence[Target], encoded: dict[int, nn.Parameter | QTensor]) -> None:

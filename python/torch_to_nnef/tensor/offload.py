@@ -64,8 +64,8 @@ class OffloadedTensor(torch.Tensor):
             read_into(self.extents, values)
             return values
         flat = values.view(-1)
-        for start, piece in self.pieces(_PIECE):
-            flat[start : start + len(piece)] = piece
+        for start, piece in OffloadedTensor(self.extents, self.shape, self.dtypes[:-1]).pieces(_PIECE):
+            _copy(flat[start : start + len(piece)], piece)
         return values
 
     def pieces(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -77,7 +77,7 @@ class OffloadedTensor(torch.Tensor):
             first, *rest = (buffer[: stop - start] for buffer in buffers)
             read_into(cut(self.extents, start * width, stop * width), first)
             for cast_to in rest:
-                first = cast_to.copy_(first)
+                first = _copy(cast_to, first)
             yield start, first
 
     def _derive(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> OffloadedTensor:
@@ -133,6 +133,14 @@ class OffloadedTensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
+def _copy(into: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`into.copy_(values)`, 1-D, in blocks too small for torch to share among threads: those wait for each other by spinning."""
+    for part, block in zip(into.split(_BLOCK), values.split(_BLOCK), strict=True):  # type: ignore[no-untyped-call]
+        part.copy_(block)
+    return into
+
+
+_BLOCK = 1 << 14
 _NEED_MEMORY = (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__)
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
