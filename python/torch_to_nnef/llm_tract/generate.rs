@@ -1,6 +1,10 @@
 //! The 32 likeliest tokens after those given: `generate model/model.nnef.tgz 504 3575 282 4649 314`
 
-use tract_nnef::internal::*;
+use std::io::Write;
+
+use tract_nnef::internal::{
+    DimLike, Framework, IntoRunnable, IntoTValue, Tensor, TractErrorContext, TractResult, TypedFact,
+};
 use tract_transformers::WithTractTransformers;
 
 fn main() -> TractResult<()> {
@@ -24,7 +28,7 @@ fn main() -> TractResult<()> {
         let logits = outputs[0].cast_to::<f32>()?;
         let logits = logits.try_as_plain_ram()?.as_slice::<f32>()?.iter().enumerate();
         let (best, _) = logits.max_by(|a, b| a.1.total_cmp(b.1)).context("no logits")?;
-        std::io::Write::write_fmt(&mut stdout, format_args!("{best}\n"))?;
+        writeln!(stdout, "{best}")?;
         ids = vec![best as i64];
         caches = outputs.into_iter().skip(1).collect();
     }
