@@ -9,11 +9,8 @@ use super::simd::{Isa, Kernel, dispatch};
 use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, check_planes};
 use crate::error::{Error, Result};
 
-/// Sums that are added to side by side, so that they fill vector registers.
-const LANES: usize = 8;
-
 /// `(sum of x^2, sum of (value - x)^2)` over `data`, where `value` is what the planes decode to, rounded once to
-/// `shown`. Differences are taken in f32 and summed in f64, in an order that does not depend on the number of threads.
+/// `shown`. Summed in f64, in an order that does not depend on the number of threads.
 pub fn squared_error(
     codes: &[u8],
     scales: &[u8],
@@ -73,15 +70,12 @@ impl Kernel for Tile<'_> {
                 narrow.load(bytes, rounded)
             }
         };
-        let (mut signal, mut noise) = ([0.0; LANES], [0.0; LANES]);
-        for (exact, values) in exact.as_chunks::<LANES>().0.iter().zip(values.as_chunks::<LANES>().0) {
-            for lane in 0..LANES {
-                let (x, difference) = (f64::from(exact[lane]), f64::from(values[lane] - exact[lane]));
-                signal[lane] += x * x;
-                noise[lane] += difference * difference;
-            }
+        let (mut signal, mut noise) = (0.0, 0.0);
+        for (exact, values) in exact.as_chunks().0.iter().zip(values.as_chunks().0) {
+            signal += isa.squared_error(exact, &[0.0; GROUP_SIZE]);
+            noise += isa.squared_error(values, exact);
         }
-        (signal.iter().sum(), noise.iter().sum())
+        (signal, noise)
     }
 }
 
