@@ -9,11 +9,8 @@ use super::simd::{Isa, Kernel, dispatch};
 use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, check_planes};
 use crate::error::{Error, Result};
 
-/// Sums that are added to side by side, so that they fill vector registers.
-const LANES: usize = 8;
-
 /// `(sum of x^2, sum of (value - x)^2)` over `data`, where `value` is what the planes decode to, rounded once to
-/// `shown`. Differences are taken in f32 and summed in f64, in an order that does not depend on the number of threads.
+/// `shown`. Summed in f64, in an order that does not depend on the number of threads.
 pub fn squared_error(
     codes: &[u8],
     scales: &[u8],
@@ -30,7 +27,7 @@ pub fn squared_error(
     let sums: Vec<_> = tiles
         .with_min_len(MIN_TILES)
         .map_init(
-            || [[0.0; TILE]; 3],
+            || [[0.0; TILE]; 2],
             |buffers, ((data, codes), scales)| {
                 if stop.load(Ordering::Relaxed) {
                     return Err(Error::Interrupted);
@@ -48,7 +45,7 @@ struct Tile<'a> {
     float: FloatType,
     data: &'a [u8],
     shown: FloatType,
-    buffers: &'a mut [[f32; TILE]; 3],
+    buffers: &'a mut [[f32; TILE]; 2],
 }
 
 impl Kernel for Tile<'_> {
@@ -60,28 +57,21 @@ impl Kernel for Tile<'_> {
         let mut scales = [0.0; TILE / GROUP_SIZE];
         let scales = &mut scales[..groups];
         load_scales(self.scales, scales);
-        let [exact, decoded, rounded] = self.buffers;
+        let [exact, values] = self.buffers;
         let exact = self.float.load(self.data, exact);
-        let values = &mut decoded[..exact.len()];
-        decode(isa, self.codes, scales, values);
-        let mut bytes = [0; TILE * 2];
-        let values = match self.shown {
-            FloatType::F32 => &*values,
-            narrow => {
-                let bytes = &mut bytes[..values.len() * narrow.size()];
-                narrow.store(values, bytes);
-                narrow.load(bytes, rounded)
-            }
-        };
-        let (mut signal, mut noise) = ([0.0; LANES], [0.0; LANES]);
-        for (exact, values) in exact.as_chunks::<LANES>().0.iter().zip(values.as_chunks::<LANES>().0) {
-            for lane in 0..LANES {
-                let (x, difference) = (f64::from(exact[lane]), f64::from(values[lane] - exact[lane]));
-                signal[lane] += x * x;
-                noise[lane] += difference * difference;
-            }
+        decode(isa, self.codes, scales, &mut values[..exact.len()]);
+        if self.shown != FloatType::F32 {
+            let mut rounded = [0; TILE * 2];
+            let rounded = &mut rounded[..exact.len() * self.shown.size()];
+            self.shown.store(&values[..exact.len()], rounded);
+            self.shown.load(rounded, values);
         }
-        (signal.iter().sum(), noise.iter().sum())
+        let (mut signal, mut noise) = (0.0, 0.0);
+        for (exact, values) in exact.as_chunks().0.iter().zip(values.as_chunks().0) {
+            signal += isa.squared_error(exact, &[0.0; GROUP_SIZE]);
+            noise += isa.squared_error(values, exact);
+        }
+        (signal, noise)
     }
 }
 
