@@ -136,7 +136,8 @@ class OffloadedTensor(torch.Tensor):
 def _copy(into: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`into.copy_(values)`, 1-D, in blocks too small for torch to share among threads: those wait for each other by spinning."""
     for part, block in zip(into.split(_BLOCK), values.split(_BLOCK), strict=True):  # type: ignore[no-untyped-call]
-        part.copy_(block)
+        # The way over f32 rounds once too, and has vector instructions.
+        part.copy_(block.float() if block.dtype is torch.bfloat16 else block)
     return into
 
 
