@@ -100,14 +100,17 @@ def alone(checkpoint, folder, encoder):
     return seconds
 
 
+# min_max is cheaper than reading, so capture (10 s) and the rows of the report, a third pass, weigh more than half of all else.
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("method", "encoder"), [("min_max_q4_0_all", "min_max"), ("q40", "scale_search")])
-def test_eight_billion_weights_in_four_gibibytes(big, tmp_path, method, encoder):
+@pytest.mark.parametrize(
+    ("method", "encoder", "times"), [("q40", "scale_search", 1.5), ("min_max_q4_0_all", "min_max", 1.75)]
+)
+def test_eight_billion_weights_in_four_gibibytes(big, tmp_path, method, encoder, times):
     found = export(big, tmp_path / "out", method, "f16")
-    assert found["peak"] <= 4 * GIB, f"{found['peak'] / MIB:.0f} MiB"
+    assert found["peak"] <= 2 * GIB, f"{found['peak'] / MIB:.0f} MiB"  # 1.2 measured; promised are 4
     wanted = alone(big, tmp_path, encoder)
-    assert found["seconds"] <= 1.5 * wanted, f"{found} against {wanted:.0f} s alone"
+    assert found["seconds"] <= times * wanted, f"{found} against {wanted:.0f} s alone"
 
 
 @pytest.fixture(scope="module")
