@@ -17,6 +17,7 @@ PAGES = [
         "CHANGELOG.md",
         "docs/architecture.md",
         "docs/custom_operators.md",
+        "docs/llm.md",
         "docs/llm_families.md",
     )
 ]

@@ -32,6 +32,7 @@ def test_what_a_compressed_export_leaves(checkpoint, tmp_path):
     options = {"compression_method": "min_max_q4_0_all", "dump_with_tokenizer_and_conf": True}
     report = run(checkpoint, tmp_path / "out", **options, test_display_token_gens=True)
     assert report.ok
+    assert report.archive_path == tmp_path / "out" / "model" / "model.nnef.tgz"
     assert [c.name for c in report.archive] == ["export", "prompt", "prompt_with_past", "text_generation"]
     assert report.generation.ok
     assert len(report.generation.tokens) == 32

@@ -55,7 +55,9 @@ def test_a_half_model_holds_two_bytes_a_weight(half, in_half):
     assert dtypes(archive) == {"float16"}
     held = sum(weight.numel() for weight in {id(w): w for w in half.parameters()}.values())
     assert archive.weight_bytes < 2.2 * held
-    assert sum('acc = "f16"' in line for line in lines) == 7 + 1 + 2  # linear layers, the head, both products of attention
+    assert (
+        sum('acc = "f16"' in line for line in lines) == 7 + 1 + 2
+    )  # linear layers, the head, both products of attention
 
 
 @pytest.mark.parametrize(

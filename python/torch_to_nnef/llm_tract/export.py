@@ -132,7 +132,7 @@ class _Work:
         report = LlmReport(
             model=self.checkpoint.name,
             method=self.options.compression_method,
-            archive_path=layout.archive,
+            archive_path=replace(layout, folder=self.options.export_dirpath).archive,
             archive_bytes=archive_bytes,
             rows=tuple(rows),
             totals=_totals(rows, self.model, original),
