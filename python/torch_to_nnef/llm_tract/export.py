@@ -36,7 +36,7 @@ from torch_to_nnef.quantize.targets import Selection
 from torch_to_nnef.report import Section, Totals
 from torch_to_nnef.report.progress import progress_bars
 from torch_to_nnef.report.words import size
-from torch_to_nnef.tensor.quant import QTensor
+from torch_to_nnef.tensor.quant import stored_nbytes
 from torch_to_nnef.tract_model import TractModel
 from torch_to_nnef.verify import Comparison, raise_on_mismatch
 
@@ -198,7 +198,7 @@ class _Work:
 
     def _verify(self, plan: Plan, layout: Layout, reference: FloatReference | None) -> _Findings:
         """The scenarios, then text; raises at the first that is wrong."""
-        held = sum(_nbytes(variable.tensor) for variable in plan.document.variables)
+        held = sum(stored_nbytes(variable.tensor) for variable in plan.document.variables)
         LOGGER.info("verification: tract holds the archive too, about %s", size(held))
         step, tolerance = as_step(self.model, self.signature), self.options.tract_check_io_tolerance
         ids = self._ids(PROSE)
@@ -288,11 +288,7 @@ def _modules(model: nn.Module) -> list[tuple[str, type[nn.Module]]]:
 def _extent(model: nn.Module) -> tuple[int, int]:
     """Number of parameters, and the bytes they take; shared ones count once."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(_nbytes(p) for p in parameters)
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.packed_nbytes if isinstance(tensor, QTensor) else tensor.numel() * tensor.element_size()
+    return sum(p.numel() for p in parameters), sum(stored_nbytes(p) for p in parameters)
 
 
 def _totals(rows: Sequence[TensorRow], model: nn.Module, original: Totals) -> Totals:

@@ -16,7 +16,7 @@ from torch_to_nnef.nnef.text import graph_text
 from torch_to_nnef.op.dtypes import tract_dtype
 from torch_to_nnef.quantize.apply import Progress
 from torch_to_nnef.tensor.offload import loaded
-from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly
+from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly, stored_nbytes
 
 
 def target_path(path: str | Path, compression_level: int | None) -> tuple[Path, str]:
@@ -46,26 +46,23 @@ def write_archive(
 
     progress: called as `(done, total, label)` before each variable and once at the end; in bytes of `.dat` files.
     """
-    sizes = [_nbytes(variable.tensor) for variable in document.variables]
+    done, total = 0, sum(stored_nbytes(variable.tensor) for variable in document.variables)
     writer = ArchiveWriter(path, form, compression_level or (1 if form == "tgz" else 0))  # type: ignore[arg-type]
     try:
         writer.add_text("graph.nnef", graph_text(document))
-        for index, variable in enumerate(document.variables):
+        for variable in document.variables:
             if progress:
-                progress(sum(sizes[:index]), sum(sizes), variable.label)
+                progress(done, total, variable.label)
             if isinstance(variable.tensor, QTensor):
                 _add_packed(writer, variable.label, variable.tensor, path.parent)
             else:
                 _add_plain(writer, variable.label, variable.tensor)
+            done += stored_nbytes(variable.tensor)
         if progress:
-            progress(sum(sizes), sum(sizes), "")
+            progress(total, total, "")
         return writer.finish()
     finally:
         writer.abort()
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.packed_nbytes if isinstance(tensor, QTensor) else tensor.numel() * tensor.element_size()
 
 
 def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:

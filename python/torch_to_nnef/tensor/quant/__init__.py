@@ -2,7 +2,7 @@
 
 import torch as _torch
 
-from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor, _build
+from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor, _build, stored_nbytes
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking, U8Compressor
 from torch_to_nnef.tensor.quant.qtract import (
     QTensorTract,
@@ -33,6 +33,7 @@ __all__ = [
     "qscale_per_group_f16_min_max_calibration",
     "quantize_q40",
     "save_safetensors",
+    "stored_nbytes",
 ]
 
 # `torch.load(weights_only=True)`, torch's default, builds only classes on a list. These rebuild from bytes alone and

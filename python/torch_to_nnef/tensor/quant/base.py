@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch_to_nnef.tensor.quant.compressors import U8Compressor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-__all__ = ["FLOAT_DTYPES", "QScalePerGroupF16", "QScheme", "QTensor"]
+__all__ = ["FLOAT_DTYPES", "QScalePerGroupF16", "QScheme", "QTensor", "stored_nbytes"]
 # What `decompress_slice` may be asked for, at least: groups of any format we have.
 _PIECE = 32
 _aten = torch.ops.aten
@@ -320,3 +320,8 @@ def _build(cls: type[Any], shape: tuple[int, ...], dtype: torch.dtype, state: di
     tensor.__dict__.update(state)
     tensor.check_layout()
     return tensor
+
+
+def stored_nbytes(tensor: torch.Tensor) -> int:
+    """Bytes that the values of `tensor` take, packed ones as they are packed."""
+    return tensor.packed_nbytes if isinstance(tensor, QTensor) else tensor.numel() * tensor.element_size()
