@@ -198,10 +198,10 @@ class Checkpoint:
             model, info = AutoModelForCausalLM.from_pretrained(self.folder, **how)
         if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
             raise T2NErrorRuntime(
-                f"{self.name} lacks {len(lacking)} weights of its model, or has them in other shapes: {_few(lacking)}"
+                f"{self.name} lacks {len(lacking)} weights of its model, or has them in other shapes: {hub.few(lacking)}"
             )
         if unused := sorted(info["unexpected_keys"]):
-            LOGGER.warning("%d tensors of %s are not part of the model: %s", len(unused), self.name, _few(unused))
+            LOGGER.warning("%d tensors of %s are not part of the model: %s", len(unused), self.name, hub.few(unused))
         return model
 
 
@@ -319,10 +319,6 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             raise T2NErrorNotImplemented(f"a {adapted.peft_type.value} adapter cannot be merged into weights")
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
         return merged
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch_to_nnef.log import LOGGER
 DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_SHOWN = 5  # names in a message
 # In order of preference: the index of the shards, the file if there are none.
 _WEIGHTS = (
     ("model.safetensors.index.json", "model.safetensors"),
@@ -76,14 +77,28 @@ def gguf_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.gguf"))
 
 
-def _shards(index: Path) -> list[str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file beside `index`, the index of shards that says so.
+
+    Raises `T2NErrorInconsistentTensor` if it is damaged, or names files elsewhere.
+    """
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise T2NErrorInconsistentTensor(f"{index.name} is no index of shards: {error}") from error
-    if outside := [name for name in names if Path(name).name != name]:
-        raise T2NErrorInconsistentTensor(f"{index.name} names files outside of its folder: {outside}")
-    return names
+        files: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+        outside = [name for name in files.values() if Path(name).name != name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise T2NErrorInconsistentTensor(f"{index} is no index of shards: {type(error).__name__}: {error}") from error
+    if outside:
+        raise T2NErrorInconsistentTensor(f"{index} names files outside of its folder: {few(outside)}")
+    return files
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _shards(index: Path) -> list[str]:
+    return sorted(set(weight_map(index).values()))
 
 
 def _present(folder: Path, names: Sequence[str]) -> list[Path]:

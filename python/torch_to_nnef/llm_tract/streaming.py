@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.llm_tract import hub
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.tensor.offload import OffloadedTensor, offload, offloaded_safetensors
 from torch_to_nnef.tensor.updater import ModTensorUpdater
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Smaller weights that transformers computed while loading stay in memory.
 _LARGE = 1 << 20
-_SHOWN = 5
 
 
 def load_offloaded(
@@ -88,22 +87,11 @@ def checkpoint_tensors(folder: Path) -> dict[str, OffloadedTensor]:
             f"neither {_SINGLE} nor {_INDEX} is in {folder}: only safetensors can stay on disk; leave out --device-map, or save the "
             "model with save_pretrained first"
         )
-    weight_map = _weight_map(index)
+    weight_map = hub.weight_map(index)
     shards = {name: offloaded_safetensors(folder / name) for name in dict.fromkeys(weight_map.values())}
     if absent := [key for key, shard in weight_map.items() if key not in shards[shard]]:
-        raise T2NErrorInconsistentTensor(f"{index} names tensors its files do not hold: {_few(absent)}")
+        raise T2NErrorInconsistentTensor(f"{index} names tensors its files do not hold: {hub.few(absent)}")
     return {key: shards[shard][key] for key, shard in weight_map.items()}
-
-
-def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        outside = [name for name in weight_map.values() if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as damage:
-        raise T2NErrorInconsistentTensor(f"{index} is damaged: {type(damage).__name__}: {damage}") from damage
-    if outside:
-        raise T2NErrorInconsistentTensor(f"{index} names files outside of its folder: {_few(outside)}")
-    return weight_map
 
 
 def _refuse_differences(folder: Path, found: Mapping[str, Any]) -> None:
@@ -112,15 +100,11 @@ def _refuse_differences(folder: Path, found: Mapping[str, Any]) -> None:
         "are missing": found.get("missing_keys"),
         "have another shape than the configuration says": found.get("mismatched_keys"),
     }
-    lines = [f"{len(keys)} weights {what}: {_few(sorted(map(str, keys)))}" for what, keys in wrong.items() if keys]
+    lines = [f"{len(keys)} weights {what}: {hub.few(sorted(map(str, keys)))}" for what, keys in wrong.items() if keys]
     if lines:
         raise T2NErrorInconsistentTensor(f"{folder} does not hold this model: {'; '.join(lines)}")
     if unused := sorted(found.get("unexpected_keys") or ()):
-        LOGGER.warning("%d tensors of %s are not part of the model: %s", len(unused), folder.name, _few(unused))
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        LOGGER.warning("%d tensors of %s are not part of the model: %s", len(unused), folder.name, hub.few(unused))
 
 
 def _method(quantization: Any) -> object:
