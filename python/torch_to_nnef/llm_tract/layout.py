@@ -27,6 +27,7 @@ import torch
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.export import staged
+from torch_to_nnef.llm_tract.model import read_modes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -108,14 +109,7 @@ class Layout:
 
     def read_modes(self) -> dict[str, Any]:
         """What `modes.json` says. Raises `T2NErrorInvalidArgument` if it is of a later format or no JSON."""
-        try:
-            modes: dict[str, Any] = json.loads(self.modes.read_bytes())
-            known = modes["format"] == 1
-        except (ValueError, KeyError, TypeError) as error:
-            raise T2NErrorInvalidArgument(f"{self.modes} cannot be read: {error}") from error
-        if not known:
-            raise T2NErrorInvalidArgument(f"{self.modes} is of format {modes['format']}: this version reads format 1")
-        return modes
+        return read_modes(self.folder)
 
     def write_tests(self, scenarios: Sequence[Scenario]) -> None:
         """Inputs and outputs of every scenario; the same values make the same bytes."""

@@ -65,7 +65,7 @@ class TractLLM:
 
     def __init__(self, folder: str | PathLike[str], threads: int | None = None) -> None:
         root = Path(folder)
-        modes = _modes(root)
+        modes = read_modes(root)
         files, said = modes.get("files", {}), modes.get("model", {})
         self.tokenizer = TextTokenizer(root / (files.get("tokenizer") or "tokenizer"))
         archive = root / files.get("archive", "model/model.nnef.tgz")
@@ -163,7 +163,11 @@ class TractLLM:
         return ids[common:]
 
 
-def _modes(root: Path) -> dict[str, Any]:
+def read_modes(root: Path) -> dict[str, Any]:
+    """What `modes.json` in the folder of an export says, as the docstring of `layout.py` has it.
+
+    Raises `T2NErrorNotFoundFile` if there is none, `T2NErrorInvalidArgument` if it is of a later format or no JSON.
+    """
     path = root / "modes.json"
     if not path.is_file():
         raise T2NErrorNotFoundFile(f"{str(root)!r} is no folder of an exported language model: it has no modes.json")
