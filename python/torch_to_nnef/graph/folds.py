@@ -82,12 +82,13 @@ class _Factors:
             return
         try:
             factors = _RULES.get(node.target, _not_followed)(self, node)
-        except _NotFollowed:
-            factors = []
+            known = {out.name: f.expand(self.concrete(out.shape)) for out, f in zip(node.outputs, factors, strict=False)}
+        # A call that a rule did not foresee is not followed either.
+        except (_NotFollowed, RuntimeError, IndexError, TypeError, ValueError):
+            known = {}
             for value in values:
                 self.fix(self.of(value))
-        for output, factor in zip(node.outputs, factors, strict=False):
-            self.known[output.name] = factor.expand(self.concrete(output.shape))
+        self.known.update(known)
 
     def folds(self) -> tuple[Fold, ...]:
         """What is left when every output of the graph has the factor 1."""
@@ -190,13 +191,7 @@ class _Factors:
         """Run it on factors."""
         args, kwargs = pytree.tree_map_only(Value, self.of, (list(node.args), dict(node.kwargs)))
         target = aten.reshape.default if node.target in _VIEWS else node.target
-        return self._run(target, self.concrete(args), self.concrete(kwargs))
-
-    def _run(self, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        try:
-            result = target(*args, **kwargs)
-        except (RuntimeError, TypeError, IndexError) as error:
-            raise _NotFollowed from error
+        result = target(*self.concrete(args), **self.concrete(kwargs))
         return list(result) if isinstance(result, (list, tuple)) else [result]
 
     def padded(self, node: Node) -> list[Tensor]:
@@ -204,7 +199,7 @@ class _Factors:
         x, widths, *rest = (*node.args, *node.kwargs.values())
         if node.kwargs or any(value not in ("constant", 0, 0.0, None) for value in rest):
             raise _NotFollowed
-        return self._run(aten.constant_pad_nd.default, [self.of(x), self.concrete(widths), _ANY], {})
+        return [torch.constant_pad_nd(self.of(x), self.concrete(widths), _ANY)]
 
     def kept(self, node: Node) -> list[Tensor]:
         """Each element alone, with f(s x) = s f(x)."""
@@ -299,7 +294,7 @@ class _Factors:
     def weighted(self, x: Value, weight: Value, bias: Sequence[Any], axes: tuple[int, int], channel: int) -> list[Tensor]:
         """A sum over the axis `channel` of x: `axes` of the weight are its outputs and inputs."""
         fqn, transposed = self.origins.get(weight.name, ("", False))
-        if not fqn:
+        if not fqn or len(weight.shape) != 1 - channel:
             raise _NotFollowed
         factor = self.of(x)
         columns = self.alike(factor, (axis for axis in range(-factor.dim(), 0) if axis != channel)).reshape(-1)
