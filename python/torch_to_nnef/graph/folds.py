@@ -62,6 +62,7 @@ class _Factors:
     def __init__(self, graph: Graph, carried: Mapping[int, int]) -> None:
         self.graph = graph
         self.sizes = dict(zip(graph.symbols, itertools.cycle(_PRIMES), strict=False))
+        self.numbers: dict[sympy.Expr, int] = {}  # of sizes
         self.count = 1
         self.same: list[Tensor] = []  # [2, n] each: pairs of equal factors
         self.known: dict[str, Tensor] = {}  # of values
@@ -155,7 +156,8 @@ class _Factors:
         left, right = torch.broadcast_tensors(_core(left), _core(right))
         differ = (left != right) & (left != _ANY) & (right != _ANY)
         if bool(differ.any()):
-            self.same.append(torch.stack([left[differ], right[differ]]).unique(dim=1))
+            pairs = (left[differ] << 32 | right[differ]).unique()
+            self.same.append(torch.stack([pairs >> 32, pairs & 0xFFFFFFFF]))
         return torch.maximum(left, right)
 
     def alike(self, factor: Tensor, axes: Iterable[int]) -> Tensor:
@@ -178,12 +180,13 @@ class _Factors:
     def concrete(self, tree: Any) -> Any:
         """With the sizes that stand for dynamic ones."""
 
-        def leaf(size: Any) -> Any:
-            if not isinstance(size, sympy.Basic):
-                return size
-            return int(size.subs({symbol: self.sizes.get(str(symbol), _PRIMES[-1]) for symbol in size.free_symbols}))
+        return pytree.tree_map_only(sympy.Basic, self._number, tree)
 
-        return pytree.tree_map(leaf, tree)
+    def _number(self, size: sympy.Expr) -> int:
+        if size not in self.numbers:
+            symbols = {symbol: self.sizes.get(str(symbol), _PRIMES[-1]) for symbol in size.free_symbols}
+            self.numbers[size] = int(size.subs(symbols))
+        return self.numbers[size]
 
     # Rules.
 
@@ -454,25 +457,32 @@ def _folds(parameters: Sequence[_Scaled], roots: Tensor) -> tuple[Fold, ...]:
     """One for all unknowns that have a parameter in common."""
     makers = [(p, p.made_axis, roots[p.made]) for p in parameters]
     readers = [(p, p.read_axis, roots[p.read]) for p in parameters if p.read_axis is not None]
-    made, read = (torch.cat([side for *_, side in sides] or [roots[:0]]).unique() for sides in (makers, readers))
-    free = torch.isin(roots, made) & torch.isin(roots, read)
+    made, read = (torch.cat([side for *_, side in sides] or [roots[:0]]) for sides in (makers, readers))
+    both = torch.zeros(2, len(roots), dtype=torch.bool)
+    both[0, made] = both[1, read] = True
+    free = both.all(0)
     free[_ONE] = False
-    together = _roots(len(roots), [_joined(side[free[side]]) for *_, side in (*makers, *readers)])
-    folds = []
-    for group in dict.fromkeys(int(g) for *_, side in readers for g in together[side[free[side]]][:1]):
-        members = (free & (together[roots] == group) & (roots == torch.arange(len(roots)))).nonzero().flatten()
-        channel = torch.full((len(roots),), -1)
-        channel[members] = torch.arange(len(members))
-        sides = (
-            tuple(
-                Slices(p.fqn, axis, tuple(channel[side].tolist()), p.offset)
-                for p, axis, side in which
-                if bool((channel[side] >= 0).any())
-            )
-            for which in (makers, readers)
-        )
-        folds.append(Fold(*sides, len(members)))
-    return tuple(folds)
+    kept = [[(p, axis, torch.where(free[side], side, _ANY)) for p, axis, side in sides] for sides in (makers, readers)]
+    together = _roots(len(roots), [_joined(side[side > 0]) for *_, side in itertools.chain(*kept)])
+    found: dict[int, tuple[list[_Side], list[_Side]]] = {}
+    for which, sides in ((1, kept[1]), (0, kept[0])):
+        for p, axis, side in sides:
+            for group in together[side[side > 0]][:1].tolist():
+                found.setdefault(group, ([], []))[which].append((p, axis, side))
+    return tuple(_fold(*sides) for sides in found.values())
+
+
+_Side = tuple[_Scaled, int, Tensor]
+
+
+def _fold(makers: Sequence[_Side], readers: Sequence[_Side]) -> Fold:
+    unknowns = torch.cat([side[side > 0] for *_, side in makers]).unique()
+
+    def slices(p: _Scaled, axis: int, side: Tensor) -> Slices:
+        channels = torch.where(side > 0, torch.searchsorted(unknowns, side), -1)
+        return Slices(p.fqn, axis, tuple(channels.tolist()), p.offset)
+
+    return Fold(tuple(slices(*side) for side in makers), tuple(slices(*side) for side in readers), len(unknowns))
 
 
 def _joined(side: Tensor) -> Tensor:
