@@ -75,6 +75,10 @@ def self_attention(m, x):
     return m.after(m.mha(x, x, x, need_weights=False)[0])
 
 
+def tied(m, x):
+    return F.linear(m.n(x) + m.e((x[..., 0] > 0.5).long()), m.e.weight)
+
+
 QKVO = {"q": lin(), "k": lin(WIDTH // 2), "v": lin(WIDTH // 2), "o": lin()}
 ABC = {"a": lin(), "b": lin(), "c": lin()}
 IMAGE = torch.rand(2, 8, 12, 12, generator=torch.Generator().manual_seed(2))
@@ -175,15 +179,15 @@ ILLEGAL = {
     "a residual reads it too": (lambda m, x: (lambda y: m.a(y) + y)(m.n(x)), {**ABC, "n": nn.LayerNorm(WIDTH)}),
     "a number is added": (lambda m, x: m.b(m.a(x) + 1), ABC),
     "one addend is an input": (lambda m, x: m.b(m.a(x) + x), ABC),
-    "two tables differ": (lambda m, x: m.b(m.a(x) + m.p), {**ABC, "p": vector(5, WIDTH)}),
-    "norm over groups of channels that share": (lambda m, x: m.b(m.n(m.a(x))), {**ABC, "n": nn.LayerNorm(WIDTH, elementwise_affine=False)}),
+    "a table of positions": (lambda m, x: m.b(m.a(x) + m.p), {**ABC, "p": vector(5, WIDTH)}),
+    "a norm without weights": (lambda m, x: m.b(m.n(m.a(x))), {**ABC, "n": nn.LayerNorm(WIDTH, elementwise_affine=False)}),
     "softmax": (lambda m, x: m.b(torch.softmax(m.a(x), -1)), ABC),
     "square": (lambda m, x: m.b(m.a(x) ** 2), ABC),
     "a divisor": (lambda m, x: m.b(x / m.a(x)), ABC),
     "queries and keys": (lambda m, x: m.a(x) @ m.b(x).mT, ABC),
     "compared": (lambda m, x: m.b((m.a(x) > 1).float()), ABC),
     "filled with a number": (lambda m, x: m.b(m.a(x).masked_fill(x > 0.5, -1.0)), ABC),
-    "tied with an embedding": (lambda m, x: F.linear(m.n(x) + m.e((x[..., 0] > 0.5).long()), m.e.weight), {"n": nn.LayerNorm(WIDTH), "e": nn.Embedding(7, WIDTH)}),
+    "tied with an embedding": (tied, {"n": nn.LayerNorm(WIDTH), "e": nn.Embedding(7, WIDTH)}),
     "the weight is read otherwise": (lambda m, x: m.b(m.a(x)) + m.b.weight.sum(), ABC),
     "the norm is read otherwise": (lambda m, x: m.a(m.n(x)) + m.n.weight, {**ABC, "n": nn.LayerNorm(WIDTH)}),
     "one weight as [N, K] and [K, N]": (lambda m, x: F.linear(m.a(x), m.p) + x @ m.p, {**ABC, "p": vector(WIDTH, WIDTH)}),
@@ -194,7 +198,7 @@ ILLEGAL_IMAGES = {
     "groups": (lambda m, x: m.c(m.a(x)), {**CONVS, "c": nn.Conv2d(16, 16, 3, groups=2)}),
     "transposed conv": (lambda m, x: m.c(m.a(x)), {**CONVS, "c": nn.ConvTranspose2d(16, 8, 2)}),
     "padded with a number": (lambda m, x: m.b(F.pad(m.a(x), (1, 1, 1, 1), value=0.5)), CONVS),
-    "a norm without weights": (lambda m, x: m.b(F.instance_norm(m.a(x))), CONVS),
+    "instance norm without weights": (lambda m, x: m.b(F.instance_norm(m.a(x))), CONVS),
 }
 CASES = [
     *((LEGAL[k][:2], torch.rand(2, 5, WIDTH, generator=torch.Generator().manual_seed(1)), LEGAL[k][2]) for k in LEGAL),

@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from torch_to_nnef.graph.ir import Dim, Graph, Node, Value
+from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.uses import SAME, is_transpose
 from torch_to_nnef.quantize.folds import Fold, Slices
 from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QTensor
@@ -54,7 +54,7 @@ class _Scaled:
     offset: float = 0.0
 
 
-class _NotFollowed(Exception):  # noqa: N818 - it is no error
+class _NotFollowed(Exception):
     """What is read has the factor 1."""
 
 
@@ -83,7 +83,9 @@ class _Factors:
             return
         try:
             factors = _RULES.get(node.target, _not_followed)(self, node)
-            known = {out.name: f.expand(self.concrete(out.shape)) for out, f in zip(node.outputs, factors, strict=False)}
+            known = {
+                out.name: f.expand(self.concrete(out.shape)) for out, f in zip(node.outputs, factors, strict=False)
+            }
         # A call that a rule did not foresee is not followed either.
         except (_NotFollowed, RuntimeError, IndexError, TypeError, ValueError):
             known = {}
@@ -179,7 +181,6 @@ class _Factors:
 
     def concrete(self, tree: Any) -> Any:
         """With the sizes that stand for dynamic ones."""
-
         return pytree.tree_map_only(sympy.Basic, self._number, tree)
 
     def _number(self, size: sympy.Expr) -> int:
@@ -294,7 +295,9 @@ class _Factors:
             raise _NotFollowed
         return self.weighted(x, weight, rest[:1], (0, 1), 1 - len(weight.shape))
 
-    def weighted(self, x: Value, weight: Value, bias: Sequence[Any], axes: tuple[int, int], channel: int) -> list[Tensor]:
+    def weighted(
+        self, x: Value, weight: Value, bias: Sequence[Any], axes: tuple[int, int], channel: int
+    ) -> list[Tensor]:
         """A sum over the axis `channel` of x: `axes` of the weight are its outputs and inputs."""
         fqn, transposed = self.origins.get(weight.name, ("", False))
         if not fqn or len(weight.shape) != 1 - channel:
