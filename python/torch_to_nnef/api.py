@@ -18,6 +18,7 @@ from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, relower, staged
 from torch_to_nnef.graph.capture import eval_mode
 from torch_to_nnef.graph.convert import to_graph
+from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import Args, DynamicAxes, prepare
 from torch_to_nnef.graph.torchscript import eager
 from torch_to_nnef.graph.uses import weight_uses
@@ -87,7 +88,7 @@ def quantize_and_verify(
     unchanged = original if method is None and not overrides else work
     with recording() as recorded, _restored_on_error(work), staged(destination) as beside:
         with steps("quantize"):
-            selection = Selection(uses=weight_uses(graph), include=include, exclude=exclude)
+            selection = Selection(weight_uses(graph), include, exclude, find_folds(graph))
             extras = {"calibration": calibration, "progress": progress}
             work = _apply(work, _choices(method, registry, selection, overrides or {}), extras)
         with steps("lower"):

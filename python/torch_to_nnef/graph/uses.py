@@ -38,7 +38,7 @@ _USES: Mapping[tuple[OpOverload, int], Use] = {
     (aten.conv_transpose1d.default, 1): Use.CONV_TRANSPOSE,
     (aten.conv_transpose2d.input, 1): Use.CONV_TRANSPOSE,
 }
-_SAME = frozenset({aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default})
+SAME = frozenset({aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default})
 _TRANSPOSES = frozenset(
     {
         aten.t.default,
@@ -62,7 +62,7 @@ def _use(node: Node, position: int, index: int, transposed: bool) -> Use:
     return Use.DEPTHWISE_CONV if use is Use.CONV and _is_depthwise(node) else use
 
 
-def _is_transpose(node: Node) -> bool:
+def is_transpose(node: Node) -> bool:
     """Whether it exchanges the axes of a matrix; of a permutation that leaves them, the shapes of a square do not tell."""
     if node.target not in _TRANSPOSES or len(node.outputs[0].shape) != 2:
         return False
@@ -83,9 +83,9 @@ def weight_uses(graph: Graph) -> dict[str, frozenset[Use]]:
     uses = defaultdict[int, set[Use]](set)
     for node in graph.nodes:
         source = origin.get(node.args[0].name) if node.args and isinstance(node.args[0], Value) else None
-        if source is not None and (node.target in _SAME or _is_transpose(node)):
+        if source is not None and (node.target in SAME or is_transpose(node)):
             tensor, transposed = source
-            origin[node.outputs[0].name] = (tensor, transposed != _is_transpose(node))
+            origin[node.outputs[0].name] = (tensor, transposed != is_transpose(node))
             continue
         for position, arg in enumerate((*node.args, *node.kwargs.values())):
             for index, leaf in enumerate(pytree.tree_leaves(arg)):

@@ -64,6 +64,12 @@ class Signature:
         return {f"in_cache_{name}": f"out_cache_{name}" for name, _ in self.caches}
 
     @property
+    def carried_positions(self) -> dict[int, int]:
+        """`carried` by the positions of inputs and outputs."""
+        inputs, outputs = self.input_names, self.output_names
+        return {inputs.index(start): outputs.index(end) for start, end in self.carried.items()}
+
+    @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """S new tokens after P past ones; K positions with logits where they are an input."""
         positions = {"logits_to_keep": {0: "K"}} if self.logits is None else {}

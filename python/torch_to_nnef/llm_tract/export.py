@@ -14,6 +14,7 @@ from torch_to_nnef.compress import Method, call_method, dynamic_load_registry
 from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIOPytorchTractNotISO
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, locate, relower
 from torch_to_nnef.graph.convert import to_graph
+from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import prepare
 from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.llm_tract.card import model_card
@@ -175,7 +176,7 @@ class _Work:
             tokenizer=self.tokenizer,
             export_dirpath=layout.folder,
             local_dir=self.checkpoint.folder,
-            selection=Selection(uses=weight_uses(graph)),
+            selection=Selection(uses=weight_uses(graph), folds=find_folds(graph, self.signature.carried_positions)),
             progress=progress,
         )
         if _modules(self.model) != before:

@@ -6,17 +6,29 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Fold:
-    """Channels that may be multiplied by any s [C] > 0 where they are made and divided by it where they are read, exactly.
+class Slices:
+    """Slices of a parameter along an axis, and the channel that each belongs to.
 
-    producers: `(fqn, axis)`: parameters whose slice c along `axis` is divided by s_c (norm weight and bias, rows of a linear and its
-        bias...). consumers: `(fqn, axis)`: weights whose slice c along `axis` is multiplied by s_c (columns of a linear [N, K]: axis 1).
-    channels: C. repeat: each channel of the producers is read by so many in the consumers (grouped heads of attention), in runs of
-        `run`: consumer channel j reads producer channel (j // (repeat * run)) * run + j % run.
+    fqn: of the parameter. axis: slice i is `parameter.select(axis, i)`. channels: of slice i, or -1: it belongs to none.
+    offset: what the model adds to the parameter before it multiplies with it: 1 for norms that compute `x * (1 + weight)`.
     """
 
-    producers: tuple[tuple[str, int], ...]
-    consumers: tuple[tuple[str, int], ...]
+    fqn: str
+    axis: int
+    channels: tuple[int, ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Channels that may be divided by any s [channels] > 0 where they are made and multiplied by it where they are read.
+
+    What the model computes stays the same but for rounding.
+
+    producers: parameters whose slices are divided by s: weight and bias of a norm, rows of a linear and its bias...
+    consumers: weights whose slices are multiplied by s: columns of a linear, input channels of a convolution...
+    """
+
+    producers: tuple[Slices, ...]
+    consumers: tuple[Slices, ...]
     channels: int
-    repeat: int = 1
-    run: int = 1

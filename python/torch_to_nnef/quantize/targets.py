@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.quantize.folds import Fold
 from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QTensor
 from torch_to_nnef.tensor.quant.qtract import q40_shape_reason
 from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
@@ -65,6 +66,7 @@ class Selection:
             each be listed: their uses add up.
         include: Only weights that match; None for all.
         exclude: Not weights that match.
+        folds: Where the captured graph lets inputs of weights be scaled.
 
     A filter is a glob (on the name of the weight or of its module), a compiled regex (searched in the name of the
     weight), or a callable `(module, name of the weight) -> bool`; a list matches if one of its filters does.
@@ -74,6 +76,7 @@ class Selection:
     uses: Mapping[str, frozenset[Use]] | None = None
     include: Filters | None = None
     exclude: Filters | None = None
+    folds: Sequence[Fold] = ()
 
 
 @dataclass(frozen=True)
