@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from torch_to_nnef.quantize.watch import Watch
 from torch_to_nnef.tensor.offload import OffloadedTensor
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
+from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,9 +38,10 @@ def quantize_calibrated_(
     *,
     classes: Sequence[type[nn.Module]] | None = None,
     selection: Selection | None = None,
-    method: str,
+    method: str | Callable[[str], str],
     progress: Progress | None = None,
     sequential: bool = True,
+    beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> nn.Module:
     """Replace the weights asked for by `encode(weight, name, statistics)`, in place; as `quantize_` does, all of them or none.
 
@@ -51,10 +54,11 @@ def quantize_calibrated_(
         calibration: Batches that the model can be called with.
         classes: Module classes (with subclasses) whose `weight` is asked for; None for Linear, Embedding, Conv1d, Conv2d.
         selection: Narrows further, and brings what the captured graph knows about uses.
-        method: Name shown in rows.
+        method: Name shown in rows, or what gives it for a weight.
         progress: Called as `(done, total, name)` before each weight, and once at the end; in bytes of the float weights.
         sequential: Inputs are those that the weights quantized before give; statistics then have the drift from the float model.
             Otherwise they are those of the float model.
+        beside: Other parameters that take new values with the weights, by name.
 
     Raises:
         T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
@@ -68,7 +72,7 @@ def quantize_calibrated_(
     packed: dict[int, QTensor] = {}
     notes: dict[int, tuple[float | None, float]] = {}
     done, total = 0, sum(target.nbytes for target in wanted)
-    with _running(model), _Placed() as placed:
+    with running(model), _Placed(model, beside if sequential else {}) as placed:
         walk = Walk(model, wanted, calibration, placed if sequential else None)
         for group in walk.groups():
             statistics = walk.statistics(group) if isinstance(group, Stage) else None
@@ -79,15 +83,18 @@ def quantize_calibrated_(
                 codes = packed_rows(target, encode, name, statistics)
                 notes[id(target.tensor)] = _output_snr(target, codes, statistics), time.perf_counter() - began
                 packed[id(target.tensor)] = codes
-                placed.put(target, codes)
+                if sequential:
+                    placed.put(target, codes)
                 done += target.nbytes
     rows = []
     for target in targets:
         snr, seconds = notes.get(id(target.tensor), (None, None))
-        rows.append(row_of(target, packed.get(id(target.tensor)), method, output_snr_db=snr, seconds=seconds))
+        new = packed.get(id(target.tensor))
+        how = method if isinstance(method, str) else method(target.places[0].fqn) if new is not None else ""
+        rows.append(row_of(target, new, how, output_snr_db=snr, seconds=seconds))
     if progress:
         progress(total, total, "")
-    put_packed(targets, packed, rows)
+    put_packed(model, targets, packed, rows, beside)
     return model
 
 
@@ -113,7 +120,6 @@ class Walk:
         self._order: Order = order_of(model, targets, batches[0])
         self._quantized = Replay(model, self._order.blocks, batches)
         self._exact = Replay(model, self._order.blocks, batches)
-        self._drifts = False
 
     def groups(self) -> Iterator[Stage | tuple[Target, ...]]:
         """Stages in order, then the weights that the calibration does not reach."""
@@ -134,13 +140,11 @@ class Walk:
             sums[held_out].add(self._inputs(stage, self._quantized, index), self._exact_inputs(stage, index))
         name = stage.targets[0].places[0].fqn
         learn, held_out_moments = (s.moments(name) for s in sums)
-        if self._placed is not None:
-            self._drifts = True
         return InputStatistics(learn, held_out_moments if len(self._batches) > self._learn else None)
 
     def _exact_inputs(self, stage: Stage, index: int) -> _Inputs | None:
         """None as long as nothing is quantized: both states are the same."""
-        if self._placed is None or not self._drifts:
+        if self._placed is None or self._placed.is_exact:
             return None
         with self._placed.originals():
             return self._inputs(stage, self._exact, index)
@@ -207,44 +211,52 @@ class _Sums:
 
 
 class _Placed:
-    """Quantized values in the places of float weights, for the time of a walk."""
+    """New values in the places of old ones, for the time of a walk."""
 
-    def __init__(self) -> None:
-        self._held: list[tuple[Target, torch.Tensor]] = []
+    def __init__(self, model: nn.Module, beside: Mapping[str, torch.Tensor]) -> None:
+        updater = ModTensorUpdater(model)
+        olds = {name: updater.get(name) for name in beside}
+        self._changes: list[tuple[tuple[Place, ...], torch.Tensor, torch.Tensor]] = [
+            (updater.places(old), old, nn.Parameter(beside[name], requires_grad=False)) for name, old in olds.items()
+        ]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing was changed yet."""
+        return not self._changes
 
     def put(self, target: Target, packed: QTensor) -> None:
         """Hold the values of `packed`, as floats, where `target` is held."""
         values: torch.Tensor = packed.decompress().to(target.tensor.device)
         if isinstance(target.tensor, nn.Parameter):
             values = nn.Parameter(values, requires_grad=False)
-        self._held.append((target, values))
+        self._changes.append((target.places, target.tensor, values))
         for place in target.places:
             place.put(values)
 
     @contextmanager
     def originals(self) -> Iterator[None]:
-        """The float model again."""
+        """The model as it was."""
         try:
-            for target, _ in self._held:
-                for place in target.places:
-                    place.put(target.tensor)
+            self.__exit__()
             yield
         finally:
-            for target, values in self._held:
-                for place in target.places:
-                    place.put(values)
+            self.__enter__()
 
     def __enter__(self) -> Self:
+        for places, _, new in self._changes:
+            for place in places:
+                place.put(new)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for target, _ in self._held:
-            for place in target.places:
-                place.put(target.tensor)
+        for places, old, _ in self._changes:
+            for place in places:
+                place.put(old)
 
 
 @contextmanager
-def _running(model: nn.Module) -> Iterator[None]:
+def running(model: nn.Module) -> Iterator[None]:
     """In eval mode, without gradients, and with attention spelled out: its fused form hides what weights are multiplied with."""
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     fused = torch.backends.mha.get_fastpath_enabled()
