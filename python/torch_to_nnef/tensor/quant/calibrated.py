@@ -64,7 +64,7 @@ def quantize_q40_hessian(
     Args:
         weight: Float [N, ...], seen as rows of K elements.
         hessian: [K, K] or [G, K, K], symmetric positive semidefinite: the mean of `x x^T` over inputs x [K] of rows
-            [i * N / G, (i + 1) * N / G). Any scale. Solved in f64 on the CPU.
+            [i * N / G, (i + 1) * N / G). Any scale. Solved in f64 on the CPU. [G, P, K / P, K / P]: its diagonal blocks only.
         damping: Part of the mean of the diagonal that is added to it. Doubled, up to 1024 times, while the factorization
             fails.
         act_order: Round the columns with the largest diagonal first.
@@ -76,13 +76,17 @@ def quantize_q40_hessian(
         T2NErrorInvalidArgument: A Hessian that does not fit, is not finite or not positive semidefinite.
 
     """
-    stack = hessian.detach().unsqueeze(0) if hessian.dim() == 2 else hessian.detach()
-    rows = _rows(weight, stack.shape[-1], name)
-    n, k = rows.shape
-    if stack.dim() != 3 or stack.shape[1:] != (k, k) or not len(stack) or n % len(stack):
+    blocks = hessian.shape[1] if hessian.dim() == 4 else 1
+    k = hessian.shape[-1]
+    stack = hessian.detach().reshape(-1, *hessian.shape[-2:])
+    rows = _rows(weight, k * blocks, name)
+    matrices, n = len(stack) // blocks, len(rows)
+    if not 2 <= hessian.dim() <= 4 or stack.shape[1:] != (k, k) or not matrices or n % matrices:
         raise T2NErrorInvalidArgument(
-            f"Hessian of `{name}` must be [K, K] or [G, K, K], G dividing {n} rows: got {tuple(hessian.shape)}"
+            f"Hessian of `{name}` must be [K, K], [G, K, K] or [G, P, K / P, K / P], G dividing {n} rows: "
+            f"got {tuple(hessian.shape)}"
         )
+    rows = _regrouped(rows, matrices, n // matrices, blocks)
     if not (0 <= damping < float("inf") and sweeps >= 0):
         raise T2NErrorInvalidArgument(f"damping and sweeps must not be negative: got {damping} and {sweeps}")
     codes, scales = _planes(rows)
@@ -94,7 +98,15 @@ def quantize_q40_hessian(
             moments.order.to(torch.int32).numpy().view("uint32"), _floats(moments.importance), sweeps, name,
             _bytes(part_codes), _bytes(part_scales),
         )  # fmt: skip
+    codes, scales = (_regrouped(plane, matrices, blocks, n // matrices).view(plane.shape) for plane in (codes, scales))
     return _packed(codes, scales, weight, name)
+
+
+def _regrouped(values: torch.Tensor, outer: int, left: int, right: int) -> torch.Tensor:
+    """`[outer, left, right, ...]` as `[outer, right, left, ...]`, flat."""
+    if left == 1 or right == 1:
+        return values.reshape(-1)
+    return values.reshape(outer, left, right, -1).transpose(1, 2).reshape(-1)
 
 
 class _Moments(NamedTuple):
