@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Encode = Callable[[Tensor, str, InputStatistics | None], "QTensorTractScaleOnly"]
 Known = Mapping[str, InputStatistics | None]
 
-_ALPHAS = tuple(i / 20 for i in range(1, 13))
+_ALPHAS = tuple(i / 10 for i in range(1, 9))
 _ROWS = 96  # of each weight, that alphas are compared on
 _SMALLEST = 1e-2  # size of an input, of the mean: of dead channels nothing is known
 
@@ -107,16 +107,17 @@ def _error(weights: Iterable[_Weight], factors: Tensor, encode: Encode) -> float
 
 
 def _sizes(model: nn.Module, fold: Fold, known: Known) -> Tensor:
-    """Root mean square of the inputs of each channel, over all that read it; between 1 / c and c."""
+    """Root mean square of the inputs of each channel, over all that read it, around 1."""
     total, count = torch.zeros(fold.channels), torch.zeros(fold.channels)
     for side in fold.consumers:
         rows, statistics = _rows(model, side), known[side.fqn]
         channels = torch.tensor(side.channels).repeat_interleave(rows.shape[1] // len(side.channels))
         seen = channels >= 0
-        total.index_add_(0, channels[seen], statistics.diagonal[0][seen].cpu() / statistics.diagonal.mean().cpu())
+        diagonal = statistics.diagonal.mean(0).cpu()
+        total.index_add_(0, channels[seen], diagonal[seen] / diagonal.mean())
         count.index_add_(0, channels[seen], torch.ones(int(seen.sum())))
     sizes = (total / count).sqrt()
-    sizes = sizes.clamp(min=_SMALLEST * float(sizes.mean()) or 1.0)
+    sizes = sizes.clamp(min=_SMALLEST * float(sizes.mean()) or 1.0)  # all zeros: ones
     return sizes / (sizes.max() * sizes.min()).sqrt()
 
 
@@ -132,16 +133,19 @@ def scaled_statistics(statistics: InputStatistics, by: Tensor) -> InputStatistic
 
 
 def _weight_of(model: nn.Module, side: Slices, known: Known, most: int | None = None) -> _Weight:
-    rows = _rows(model, side)
-    if most is not None and len(rows) > most:
-        rows = rows[torch.linspace(0, len(rows) - 1, most).long()]
-    return _Weight(rows.float(), side, known[side.fqn])
+    rows, statistics = _rows(model, side), known[side.fqn]
+    groups = rows.unflatten(0, (len(statistics.diagonal), -1))
+    if most is not None and groups.shape[1] > most:
+        groups = groups[:, torch.linspace(0, groups.shape[1] - 1, most).long()]
+    return _Weight(groups.flatten(0, 1).float(), side, statistics)
 
 
 def _rows(model: nn.Module, side: Slices) -> Tensor:
-    """The weight as rows [N, K] of what it sums over; where that is the first axis of a matrix, its transpose."""
+    """The weight as rows [N, K] of what it sums over: of the transpose of [K, N], and of all matrices in a stack."""
     weight = loaded(ModTensorUpdater(model).get(side.fqn).detach())
-    return weight.mT if side.axis == 0 else weight.flatten(1)
+    if side.axis == 0:
+        return weight.mT
+    return weight.flatten(1) if side.axis == 1 else weight.flatten(0, -2)
 
 
 def _by_input(rows: Tensor, side: Slices, factors: Tensor) -> Tensor:
