@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -56,27 +57,41 @@ def quantize_(
     """
     targets = find_targets(model, classes, selection)
     done, total = 0, sum(target.nbytes for target in targets if target.reason is None)
-    encoded: dict[int, nn.Parameter | QTensor] = {}
+    packed: dict[int, QTensor] = {}
     rows = []
     for target in targets:
-        fqn, packed, read = target.places[0].fqn, None, target
+        fqn, read, began = target.places[0].fqn, target, time.perf_counter()
         if target.reason is None:
             if progress:
                 progress(done, total, fqn)
             read = replace(target, tensor=_read(target.tensor.detach()))
-            packed = encode(read.tensor.mT, fqn).transposed() if target.transposed else encode(read.tensor, fqn)
-        rows.append(row_of(read, packed, method))
-        if packed is not None:
+            codes = packed_rows(read, encode, fqn)
+            packed[id(target.tensor)] = codes.offload() if isinstance(target.tensor, OffloadedTensor) else codes
             done += target.nbytes
-            kept = packed.offload() if isinstance(target.tensor, OffloadedTensor) else packed
-            held = isinstance(target.tensor, nn.Parameter)
-            encoded[id(target.tensor)] = nn.Parameter(kept, requires_grad=False) if held else kept
+        seconds = time.perf_counter() - began
+        rows.append(row_of(read, packed.get(id(target.tensor)), method, seconds=seconds))
     if progress:
         progress(total, total, "")
+    put_packed(targets, packed, rows)
+    return model
+
+
+def packed_rows(target: Target, encode: Callable[..., QTensorTractScaleOnly], *known: object) -> QTensorTractScaleOnly:
+    """What `encode(rows [N, K], *known)` makes of a weight, in the shape of the weight."""
+    weight = target.tensor.detach()
+    return encode(weight.mT, *known).transposed() if target.transposed else encode(weight, *known)
+
+
+def put_packed(targets: Sequence[Target], packed: Mapping[int, QTensor], rows: Sequence[TensorRow]) -> None:
+    """Hold what was made of each target (by the id of its tensor) in all its places, or change nothing; then record `rows`."""
+    encoded: dict[int, nn.Parameter | QTensor] = {}
+    for target in targets:
+        if (new := packed.get(id(target.tensor))) is not None:
+            held = isinstance(target.tensor, nn.Parameter)
+            encoded[id(target.tensor)] = nn.Parameter(new, requires_grad=False) if held else new
     _swap(targets, encoded)
     for row in rows:
         record(row)
-    return model
 
 
 def _read(weight: torch.Tensor) -> torch.Tensor:
@@ -95,7 +110,14 @@ def _swap(targets: Sequence[Target], encoded: dict[int, nn.Parameter | QTensor])
         raise
 
 
-def row_of(target: Target, packed: QTensor | None, method: str) -> TensorRow:
+def row_of(
+    target: Target,
+    packed: QTensor | None,
+    method: str,
+    *,
+    output_snr_db: float | None = None,
+    seconds: float | None = None,
+) -> TensorRow:
     """What became of `target.tensor`: packed by `method`, or left as it is with `target.reason`."""
     tensor, place = target.tensor, target.places[0]
     make = functools.partial(
@@ -106,6 +128,8 @@ def row_of(target: Target, packed: QTensor | None, method: str) -> TensorRow:
         dtype=str(tensor.dtype).removeprefix("torch."),
         reason=target.reason,
         nbytes_before=target.nbytes,
+        output_snr_db=output_snr_db,
+        seconds=seconds if packed is not None else None,
     )
     now = packed if packed is not None else tensor
     if not isinstance(now, QTensor):

@@ -34,6 +34,8 @@ class TensorRow:
         reason: Why not; None if it is.
         nbytes_before: Bytes of its float storage.
         nbytes_after: Bytes it takes now.
+        output_snr_db: Signal-to-noise ratio of what it computes, dB, on calibration data held out; None without calibration.
+        seconds: Time its encoding took; None if it was not.
 
     """
 
@@ -50,6 +52,8 @@ class TensorRow:
     reason: str | None
     nbytes_before: int
     nbytes_after: int
+    output_snr_db: float | None = None
+    seconds: float | None = None
 
 
 _rows: ContextVar[list[TensorRow] | None] = ContextVar("torch_to_nnef_tensor_rows", default=None)
@@ -79,8 +83,11 @@ def weight_error(fp: torch.Tensor, q: QTensor) -> tuple[float, float]:
     S). N = 0 gives `(inf, 0)`; S = 0 with N > 0 gives `(-inf, inf)`.
     """
     signal, noise = q.squared_error(fp)
+    return snr_db(signal, noise), math.sqrt(noise / signal) if signal else math.inf if noise else 0.0
+
+
+def snr_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise) of two energies; inf without noise, -inf for noise alone."""
     if noise == 0:
-        return math.inf, 0.0
-    if signal == 0:
-        return -math.inf, math.inf
-    return 10 * math.log10(signal / noise), math.sqrt(noise / signal)
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -6,26 +6,141 @@ from dataclasses import dataclass
 
 import torch
 
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.tensor.quant.compressors import GROUP
+
+LARGEST_MATRIX = 1 << 30
+"""Bytes of the second moments of one weight; above, they are kept for parts of its inputs only."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over the inputs of one weight, seen as rows [N, K] that Q40 divides into groups.
+
+    Weights have G matrices with inputs of their own (groups of a convolution, experts of a stack), whose rows follow each other. A matrix
+    of moments that would be too large is kept as its P diagonal blocks of k x k, P * k = K.
+
+    hessian: f32 [G, P, k, k], mean of x x^T: for least squares, half the Hessian of the output error.
+    drift: f32 [G, P, k, k], mean of x d^T, where x + d is what the float model has in the place of x; None if x is that.
+    drift_square: f32 [G, P, k, k], mean of d d^T.
+    frequency: f32 [N], how often each row is looked up, mean 1; None unless it is an embedding.
+    """
+
+    hessian: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+    drift_square: torch.Tensor | None = None
+    frequency: torch.Tensor | None = None
+
+    @property
+    def diagonal(self) -> torch.Tensor | None:
+        """f32 [G, K], mean of x^2."""
+        return None if self.hessian is None else self.hessian.diagonal(dim1=-2, dim2=-1).flatten(1)
+
+    def output_error(self, exact: torch.Tensor, approximate: torch.Tensor) -> tuple[float, float]:
+        """`(signal, noise)`: means over the inputs of |W (x + d)|^2 and |W (x + d) - Q x|^2, summed over rows.
+
+        For `exact` W and `approximate` Q of shape [N, ...]; for lookups, |w|^2 and |w - q|^2 of the rows as often as they are looked up.
+        """
+        signal = noise = 0.0
+        if self.hessian is not None:
+            w = _blocks(exact, self.hessian)
+            e = w - _blocks(approximate, self.hessian)
+            signal += _trace(w, self.hessian, w)
+            noise += _trace(e, self.hessian, e)
+            if self.drift is not None and self.drift_square is not None:
+                crossed, squared = _trace(w, self.drift.mT, w), _trace(w, self.drift_square, w)
+                signal += 2 * crossed + squared
+                noise += 2 * _trace(e, self.drift, w) + squared
+        if self.frequency is not None:
+            w, e = exact.flatten(1).double(), (exact - approximate).flatten(1).double()
+            share = self.frequency.double() / len(w)
+            signal += float(share @ w.square().sum(1))
+            noise += float(share @ e.square().sum(1))
+        return signal, max(noise, 0.0)
+
+    def aim(self, weight: torch.Tensor, strength: float, damping: float = 0.01) -> torch.Tensor:
+        """The weight [N, ...] that, times x, is closest to `weight` times x + strength * d: W + strength * W D^T H^-1, D the drift.
+
+        GPTAQ (Li et al. 2025, arXiv 2504.02692) with strength 1; less than 1 keeps it from fitting the noise of few inputs.
+        """
+        if self.hessian is None or self.drift is None or not strength:
+            return weight
+        w = _blocks(weight, self.hessian)
+        correction = torch.linalg.solve(damped(self.hessian.double(), damping), self.drift.double() @ w.mT).mT
+        aimed: torch.Tensor = (w + strength * correction).transpose(1, 2).reshape(weight.shape).to(weight.dtype)
+        return aimed
+
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of one weight, seen as the rows [N, K] that Q40 divides into groups (K = prod(shape[1:]); the transpose of an `x @ weight`).
+    """Moments over the inputs to learn from; `held_out`: over others, by which results are judged."""
 
-    hessian: f32 [G, K, K], the mean of `x x^T` over the inputs x [K] seen (for least squares, half the Hessian of the output error);
-        rows [i * N / G, (i + 1) * N / G) of the weight see inputs of their own: G is the groups of a convolution, the experts of a
-        stack, else 1. None where only frequencies count (an embedding) or K is too large to keep it.
-    diagonal: f32 [G, K], its diagonal; None for a pure embedding.
-    frequency: f32 [N], how often each row is looked up, mean 1; None unless it is an embedding (a tied one has all).
-    held_out: the same over held-out batches, never learned from; None without any.
-    count: number of inputs x seen.
-    """
+    learn: Moments
+    held_out: Moments | None = None
 
-    count: int
-    hessian: torch.Tensor | None = None
-    diagonal: torch.Tensor | None = None
-    frequency: torch.Tensor | None = None
-    held_out: InputStatistics | None = None
+    @property
+    def judge(self) -> Moments:
+        """Held-out moments; without any, those learned from."""
+        return self.held_out or self.learn
 
-    def output_error(self, exact: torch.Tensor, approximate: torch.Tensor) -> tuple[float, float]:
-        """`(signal, noise)` of what the weight computes, for weights [N, ...]: tr(W H W^T) and tr(E H E^T), E = approximate - exact."""
-        raise NotImplementedError
+
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """[..., k, k] with `damping` times its mean diagonal added on it; 1 where it is all zero."""
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+    return hessian + added[..., None, None] * torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+
+
+def block_count(matrices: int, width: int) -> int:
+    """P: in how many blocks of a multiple of 32 the moments of `matrices` weights with rows of `width` are kept."""
+    groups = width // GROUP
+    fits = (p for p in range(1, groups + 1) if groups % p == 0 and 4 * matrices * width * width // p <= LARGEST_MATRIX)
+    return next(fits, groups)
+
+
+class MomentSums:
+    """Sums that `Moments` are the means of, for a weight of G matrices with rows of K."""
+
+    def __init__(self, matrices: int, width: int, device: torch.device, drift: bool) -> None:
+        blocks = block_count(matrices, width)
+        shape = matrices, blocks, width // blocks, width // blocks
+        self._sums = [torch.zeros(shape, device=device) for _ in range(3 if drift else 1)]
+        self._counts = torch.zeros(matrices, dtype=torch.float64)
+
+    def add(self, x: torch.Tensor, start: int = 0, exact: torch.Tensor | None = None) -> None:
+        """Take in inputs [R, G', K] of matrices [start, start + G'), and `exact`, what the float model has in their place."""
+        inputs = self._arranged(x)
+        stop = start + x.shape[1]
+        self._counts[start:stop] += len(x)
+        pairs = [(inputs, inputs)]
+        if exact is not None:
+            drift = self._arranged(exact) - inputs
+            pairs += [(inputs, drift), (drift, drift)]
+        for sums, (left, right) in zip(self._sums, pairs, strict=False):
+            sums[start:stop] += left.mT @ right
+
+    def _arranged(self, x: torch.Tensor) -> torch.Tensor:
+        """[G', P, R, k]."""
+        rows, matrices, _ = x.shape
+        return x.float().reshape(rows, matrices, self._sums[0].shape[1], -1).permute(1, 2, 0, 3)
+
+    def moments(self, name: str, frequency: torch.Tensor | None = None) -> Moments:
+        """The means. Raises `T2NErrorInvalidArgument` if inputs were not finite."""
+        counts = self._counts.clamp_min(1)[:, None, None, None].float()
+        means = [(sums.cpu() / counts) for sums in self._sums]
+        if not all(bool(mean.isfinite().all()) for mean in means):
+            raise T2NErrorInvalidArgument(
+                f"calibration: inputs of `{name}` are not finite (NaN, Inf, or squares beyond f32)"
+            )
+        return Moments(**dict(zip(("hessian", "drift", "drift_square"), means, strict=False)), frequency=frequency)
+
+
+def _blocks(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """f64 [G, P, N / G, k]."""
+    matrices, parts, size, _ = hessian.shape
+    return weight.double().reshape(matrices, -1, parts, size).transpose(1, 2)
+
+
+def _trace(left: torch.Tensor, matrix: torch.Tensor, right: torch.Tensor) -> float:
+    """Sum of the traces of left @ matrix @ right^T."""
+    return float(((left @ matrix.double()) * right).sum())

@@ -1,0 +1,260 @@
+"""Quantize weights by what they are multiplied with, one stage of the model after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.quantize.apply import Progress, packed_rows, put_packed, row_of
+from torch_to_nnef.quantize.calibration import Calibration
+from torch_to_nnef.quantize.rows import snr_db
+from torch_to_nnef.quantize.sequence import Order, Replay, Stage, order_of
+from torch_to_nnef.quantize.statistics import InputStatistics, Moments, MomentSums
+from torch_to_nnef.quantize.targets import Selection, Target, find_targets
+from torch_to_nnef.quantize.watch import Watch
+from torch_to_nnef.tensor.offload import OffloadedTensor
+from torch_to_nnef.tensor.quant.base import QTensor
+from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CalibratedEncode = Callable[[torch.Tensor, str, InputStatistics | None], QTensorTractScaleOnly]
+"""`(weight rows [N, K], name, statistics)` to its quantized form; statistics are None for a weight the calibration never reached."""
+
+
+def quantize_calibrated_(
+    model: nn.Module,
+    encode: CalibratedEncode,
+    calibration: Calibration,
+    *,
+    classes: Sequence[type[nn.Module]] | None = None,
+    selection: Selection | None = None,
+    method: str,
+    progress: Progress | None = None,
+    sequential: bool = True,
+) -> nn.Module:
+    """Replace the weights asked for by `encode(weight, name, statistics)`, in place; as `quantize_` does, all of them or none.
+
+    Weights are encoded in the order in which the model reads them. The model runs on the calibration in eval mode and without gradients,
+    block by block: what a block returned is kept (a value a batch), its inputs are not.
+
+    Args:
+        model: Changed in place, and returned.
+        encode: Gets the statistics of the inputs of each weight.
+        calibration: Batches that the model can be called with.
+        classes: Module classes (with subclasses) whose `weight` is asked for; None for Linear, Embedding, Conv1d, Conv2d.
+        selection: Narrows further, and brings what the captured graph knows about uses.
+        method: Name shown in rows.
+        progress: Called as `(done, total, name)` before each weight, and once at the end; in bytes of the float weights.
+        sequential: Inputs are those that the weights quantized before give; statistics then have the drift from the float model.
+            Otherwise they are those of the float model.
+
+    Raises:
+        T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
+        T2NErrorInvalidArgument: `selection.include` selects nothing, weights are on disk, or inputs are not finite.
+
+    """
+    targets = find_targets(model, classes, selection)
+    wanted = [target for target in targets if target.reason is None]
+    if on_disk := [t.places[0].fqn for t in wanted if isinstance(t.tensor, OffloadedTensor)]:
+        raise T2NErrorInvalidArgument(f"`{on_disk[0]}` is on disk: calibration runs the model, load it in memory first")
+    packed: dict[int, QTensor] = {}
+    notes: dict[int, tuple[float | None, float]] = {}
+    done, total = 0, sum(target.nbytes for target in wanted)
+    with _running(model), _Placed() as placed:
+        walk = Walk(model, wanted, calibration, placed if sequential else None)
+        for group in walk.groups():
+            statistics = walk.statistics(group) if isinstance(group, Stage) else None
+            for target in group.targets if isinstance(group, Stage) else group:
+                name, began = target.places[0].fqn, time.perf_counter()
+                if progress:
+                    progress(done, total, name)
+                codes = packed_rows(target, encode, name, statistics)
+                notes[id(target.tensor)] = _output_snr(target, codes, statistics), time.perf_counter() - began
+                packed[id(target.tensor)] = codes
+                placed.put(target, codes)
+                done += target.nbytes
+    rows = []
+    for target in targets:
+        snr, seconds = notes.get(id(target.tensor), (None, None))
+        rows.append(row_of(target, packed.get(id(target.tensor)), method, output_snr_db=snr, seconds=seconds))
+    if progress:
+        progress(total, total, "")
+    put_packed(targets, packed, rows)
+    return model
+
+
+def _output_snr(target: Target, packed: QTensorTractScaleOnly, statistics: InputStatistics | None) -> float | None:
+    if statistics is None or statistics.held_out is None:
+        return None
+    exact, approximate = target.tensor.detach(), packed.decompress()
+    if target.transposed:
+        exact, approximate = exact.mT, approximate.mT
+    return snr_db(*statistics.held_out.output_error(exact, approximate))
+
+
+class Walk:
+    """A model on its way through a calibration, stage by stage, in two states: as it was, and quantized so far."""
+
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], calibration: Calibration, placed: _Placed | None
+    ) -> None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._learn = len(calibration.learn)
+        batches = [batch.to(device) for batch in (*calibration.learn, *calibration.held_out)]
+        self._batches, self._placed = batches, placed
+        self._order: Order = order_of(model, targets, batches[0])
+        self._quantized = Replay(model, self._order.blocks, batches)
+        self._exact = Replay(model, self._order.blocks, batches)
+        self._drifts = False
+
+    def groups(self) -> Iterator[Stage | tuple[Target, ...]]:
+        """Stages in order, then the weights that the calibration does not reach."""
+        yield from self._order.stages
+        if self._order.unused:
+            yield self._order.unused
+
+    def statistics(self, stage: Stage) -> InputStatistics:
+        """Of the inputs of a stage, those before it being quantized."""
+        while self._quantized.at < stage.block:
+            self._quantized.advance()
+            if self._placed is not None:
+                with self._placed.originals():
+                    self._exact.advance()
+        sums = [_Sums(stage.targets[0]) for _ in range(2)]
+        for index in range(len(self._batches)):
+            held_out = index >= self._learn
+            sums[held_out].add(self._inputs(stage, self._quantized, index), self._exact_inputs(stage, index))
+        name = stage.targets[0].places[0].fqn
+        learn, held_out_moments = (s.moments(name) for s in sums)
+        if self._placed is not None:
+            self._drifts = True
+        return InputStatistics(learn, held_out_moments if len(self._batches) > self._learn else None)
+
+    def _exact_inputs(self, stage: Stage, index: int) -> _Inputs | None:
+        """None as long as nothing is quantized: both states are the same."""
+        if self._placed is None or not self._drifts:
+            return None
+        with self._placed.originals():
+            return self._inputs(stage, self._exact, index)
+
+    def _inputs(self, stage: Stage, replay: Replay, index: int) -> _Inputs:
+        """What the first weight of a stage reads, which the others read too."""
+        seen = _Inputs()
+
+        @contextmanager
+        def watch(enough: Callable[[], None]) -> Iterator[None]:
+            def multiplied(target: Target, x: torch.Tensor, start: int, count: int) -> None:
+                seen.products.append((x, start, count))
+                if seen.uses == stage.calls:
+                    enough()
+
+            def looked_up(target: Target, indices: torch.Tensor) -> None:
+                seen.lookups.append(indices)
+                if seen.uses == stage.calls:
+                    enough()
+
+            with Watch(stage.targets[:1], multiplied, looked_up):
+                yield
+
+        replay.run(index, watch)
+        return seen
+
+
+class _Inputs:
+    """What a weight reads in one forward."""
+
+    def __init__(self) -> None:
+        self.products: list[tuple[torch.Tensor, int, int]] = []
+        self.lookups: list[torch.Tensor] = []
+
+    @property
+    def uses(self) -> int:
+        """How often it was used."""
+        return len(self.products) + len(self.lookups)
+
+
+class _Sums:
+    """Of the inputs of a weight."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._products: MomentSums | None = None
+        self._lookups: torch.Tensor | None = None
+
+    def add(self, inputs: _Inputs, exact: _Inputs | None) -> None:
+        for index, (x, start, count) in enumerate(inputs.products):
+            same_place = exact is not None and index < len(exact.products) and exact.products[index][0].shape == x.shape
+            in_float = exact.products[index][0] if exact is not None and same_place else None
+            if self._products is None:
+                self._products = MomentSums(count, x.shape[-1], x.device, drift=exact is not None and count == 1)
+            self._products.add(x, start, in_float)
+        for indices in inputs.lookups:
+            if self._lookups is None:
+                self._lookups = torch.zeros(self._target.tensor.shape[0])
+            self._lookups += torch.bincount(indices.flatten().cpu(), minlength=len(self._lookups))
+
+    def moments(self, name: str) -> Moments:
+        frequency = None if self._lookups is None else self._lookups / self._lookups.mean().clamp_min(1e-12)
+        return Moments(frequency=frequency) if self._products is None else self._products.moments(name, frequency)
+
+
+class _Placed:
+    """Quantized values in the places of float weights, for the time of a walk."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Target, torch.Tensor]] = []
+
+    def put(self, target: Target, packed: QTensor) -> None:
+        """Hold the values of `packed`, as floats, where `target` is held."""
+        values: torch.Tensor = packed.decompress().to(target.tensor.device)
+        if isinstance(target.tensor, nn.Parameter):
+            values = nn.Parameter(values, requires_grad=False)
+        self._held.append((target, values))
+        for place in target.places:
+            place.put(values)
+
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """The float model again."""
+        try:
+            for target, _ in self._held:
+                for place in target.places:
+                    place.put(target.tensor)
+            yield
+        finally:
+            for target, values in self._held:
+                for place in target.places:
+                    place.put(values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for target, _ in self._held:
+            for place in target.places:
+                place.put(target.tensor)
+
+
+@contextmanager
+def _running(model: nn.Module) -> Iterator[None]:
+    """In eval mode, without gradients, and with attention spelled out: its fused form hides what weights are multiplied with."""
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
