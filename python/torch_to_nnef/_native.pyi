@@ -16,6 +16,7 @@ tract_version: str
 """Version of the linked tract crates."""
 
 Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 FloatName = Literal["f32", "f16", "bf16"]
 Encoder = Literal["signed_extreme", "abs_max", "min_max", "scale_search"]
 
@@ -26,6 +27,21 @@ def q40_quantize(
 
 def q40_quantize_with_scales(data: Bytes, dtype: FloatName, name: str, scales: Bytes, codes: Bytes) -> None:
     """Round `data` onto the grid of given f16 `scales` (one a group of 32): code = clamp(round(x / scale) + 8, 0, 15)."""
+
+def q40_quantize_weighted(
+    data: Floats, width: int, importance: Floats, name: str, codes: Bytes, scales: Bytes
+) -> None:
+    """Rows of `width` floats to the least sum of `importance * error^2` of each group found; rows of `importance` are shared in order, evenly."""
+
+def q40_quantize_hessian(
+    data: Floats, width: int, hessian: Floats, ridge: float, factor: Floats, order: NDArray[np.uint32],
+    importance: Floats, sweeps: int, name: str, codes: Bytes, scales: Bytes,
+) -> None:  # fmt: skip
+    """Rows of `width` floats to little `e H e^T` of the error `e` of each, `hessian` being `H` with `ridge` on its diagonal.
+
+    `factor`: upper triangular `U`, `U^T U` = inverse of `hessian` with rows and columns taken in `order`. `importance` weighs columns when
+    the first scales are chosen; then at most `sweeps` times better codes and scales are looked for.
+    """
 
 def q40_dequantize(codes: Bytes, scales: Bytes, dtype: FloatName, data: Bytes) -> None:
     """`data[i] = (code[i] - 8) * scale`, computed in f32 and rounded once to `dtype`."""

@@ -25,6 +25,8 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(archive::archive_read, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_quantize, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_quantize_with_scales, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_quantize_weighted, m)?)?;
+    m.add_function(wrap_pyfunction!(q40::q40_quantize_hessian, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_dequantize, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_squared_error, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_join, m)?)?;

@@ -1,13 +1,14 @@
 //! Q40 on numpy arrays of bytes.
 
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1, PyUntypedArrayMethods};
+use numpy::{Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 use super::boundary::{native, native_short, to_py};
 use crate::error::Error;
-use crate::q40::{self, Encoder, FloatType};
+use crate::q40::{self, Encoder, FloatType, Moments};
 
-pub(super) type Bytes<'py> = Bound<'py, PyArray1<u8>>;
+pub(super) type Bytes<'py> = Array<'py, u8>;
+type Array<'py, T> = Bound<'py, PyArray1<T>>;
 
 /// See `_native.pyi`, as for the other functions here.
 #[pyfunction]
@@ -42,6 +43,54 @@ pub fn q40_quantize_with_scales(
     let (data, scales, mut codes) = (input(data, "data")?, input(scales, "scales")?, output(codes, "codes")?);
     let (data, scales, codes) = (data.as_slice()?, scales.as_slice()?, codes.as_slice_mut()?);
     native(py, |stop| q40::quantize_with_scales(data, float, name, scales, codes, stop))
+}
+
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the contract of _native.pyi")]
+pub fn q40_quantize_weighted(
+    py: Python<'_>,
+    data: &Array<'_, f32>,
+    width: usize,
+    importance: &Array<'_, f32>,
+    name: &str,
+    codes: &Bytes<'_>,
+    scales: &Bytes<'_>,
+) -> PyResult<()> {
+    let (data, importance) = (input(data, "data")?, input(importance, "importance")?);
+    let (mut codes, mut scales) = (output(codes, "codes")?, output(scales, "scales")?);
+    let (data, importance) = (data.as_slice()?, importance.as_slice()?);
+    let (codes, scales) = (codes.as_slice_mut()?, scales.as_slice_mut()?);
+    native(py, |stop| q40::quantize_weighted(data, width, importance, name, codes, scales, stop))
+}
+
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the contract of _native.pyi")]
+pub fn q40_quantize_hessian(
+    py: Python<'_>,
+    data: &Array<'_, f32>,
+    width: usize,
+    hessian: &Array<'_, f32>,
+    ridge: f32,
+    factor: &Array<'_, f32>,
+    order: &Array<'_, u32>,
+    importance: &Array<'_, f32>,
+    sweeps: usize,
+    name: &str,
+    codes: &Bytes<'_>,
+    scales: &Bytes<'_>,
+) -> PyResult<()> {
+    let (data, hessian, factor) = (input(data, "data")?, input(hessian, "hessian")?, input(factor, "factor")?);
+    let (order, importance) = (input(order, "order")?, input(importance, "importance")?);
+    let (mut codes, mut scales) = (output(codes, "codes")?, output(scales, "scales")?);
+    let moments = Moments {
+        hessian: hessian.as_slice()?,
+        ridge,
+        factor: factor.as_slice()?,
+        order: order.as_slice()?,
+        importance: importance.as_slice()?,
+    };
+    let (data, codes, scales) = (data.as_slice()?, codes.as_slice_mut()?, scales.as_slice_mut()?);
+    native(py, |stop| q40::quantize_hessian(data, width, moments, sweeps, name, codes, scales, stop))
 }
 
 #[pyfunction]
@@ -92,7 +141,7 @@ fn float_type(py: Python<'_>, dtype: &str) -> PyResult<FloatType> {
     dtype.parse().map_err(|e| to_py(py, &e))
 }
 
-pub(super) fn input<'py>(array: &Bytes<'py>, what: &str) -> PyResult<PyReadonlyArray1<'py, u8>> {
+pub(super) fn input<'py, T: Element>(array: &Array<'py, T>, what: &str) -> PyResult<PyReadonlyArray1<'py, T>> {
     match array.try_readonly() {
         Ok(view) if array.is_c_contiguous() => Ok(view),
         Ok(_) => Err(unusable(array.py(), what, "it is not contiguous")),

@@ -17,7 +17,7 @@ pub use block::{BlockQ4_0, join, split};
 pub use dequantize::dequantize;
 pub use error::squared_error;
 pub use float::FloatType;
-pub use quantize::{Encoder, quantize, quantize_with_scales};
+pub use quantize::{Encoder, Moments, quantize, quantize_hessian, quantize_weighted, quantize_with_scales};
 
 use crate::error::{Error, Result};
 

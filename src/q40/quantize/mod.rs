@@ -7,9 +7,12 @@
 
 mod abs_max;
 mod grid;
+mod hessian;
 mod min_max;
+mod panel;
 mod scale_search;
 mod signed_extreme;
+mod weighted;
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,9 +22,11 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use self::abs_max::AbsMax;
+pub use self::hessian::{Moments, quantize_hessian};
 use self::min_max::MinMax;
 use self::scale_search::ScaleSearch;
 use self::signed_extreme::SignedExtreme;
+pub use self::weighted::quantize_weighted;
 use super::dequantize::load_scales;
 use super::simd::{Codes, Group, Isa, Kernel, dispatch};
 use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, check_planes};
@@ -194,6 +199,15 @@ impl Offenders {
         Error::ImpossibleQuantization(format!(
             "tensor {name:?}: {count} value(s) that Q40 cannot hold, the first is {value} at flat index {first}; values must be finite{limit}: fix the weights, or leave this tensor in float"
         ))
+    }
+}
+
+/// Refuses floats that no Q40 group can hold.
+fn check_range(data: &[f32], name: &str) -> Result<()> {
+    let found = data.par_chunks(TILE).enumerate().with_min_len(MIN_TILES);
+    match found.map(|(index, x)| Offenders::find(x, index * TILE, LARGEST)).reduce(|| None, Offenders::merge) {
+        Some(found) => Err(found.error(name, LARGEST)),
+        None => Ok(()),
     }
 }
 

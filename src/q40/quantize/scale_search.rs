@@ -6,7 +6,7 @@ use crate::q40::simd::{Candidates, Group, Isa};
 
 /// Each candidate sends the extreme to this position of the grid (-8..=7), those beyond clip it: two thirds around
 /// ggml's -8, the others on the far side, which wins where the rest of the group leans that way.
-const POSITIONS: Candidates = positions();
+pub(super) const POSITIONS: Candidates = positions();
 /// Up to here, no f16 scale is better than zeros: the smallest one is twice this.
 const VANISHING: f32 = 1.0 / (1 << 25) as f32;
 

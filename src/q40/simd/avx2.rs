@@ -3,7 +3,7 @@
 #[allow(clippy::wildcard_imports, reason = "the vocabulary of this file")]
 use std::arch::x86_64::*;
 
-use super::{Candidates, Codes, Group, Isa, Kernel};
+use super::{Candidates, Codes, Group, Isa, Kernel, LANES, Panel, Terms};
 
 /// Proof that this machine has the instructions.
 #[derive(Clone, Copy)]
@@ -47,6 +47,7 @@ forward! {
     decode(codes: &Codes, scale: f32) -> Group;
     squared_error(x: &Group, y: &Group) -> f64;
     fit(x: &Group, inverse: &Candidates) -> (Candidates, Candidates);
+    accumulate(sums: &mut [f32; LANES], terms: &Terms, panel: &Panel) -> ();
 }
 
 #[inline]
@@ -140,6 +141,19 @@ fn fit(x: &Group, inverse: &Candidates) -> (Candidates, Candidates) {
         }
     }
     (bytemuck::cast(xq), bytemuck::cast(qq))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn accumulate(sums: &mut [f32; LANES], terms: &Terms, panel: &Panel) {
+    let mut lanes: [__m256; LANES / 8] = bytemuck::cast(*sums);
+    for (row, factor) in terms.iter() {
+        let factor = _mm256_set1_ps(factor);
+        for (lane, values) in lanes.iter_mut().zip(panel[row].as_chunks::<8>().0) {
+            *lane = _mm256_fmadd_ps(factor, bytemuck::cast(*values), *lane);
+        }
+    }
+    *sums = bytemuck::cast(lanes);
 }
 
 #[inline]

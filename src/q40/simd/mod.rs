@@ -1,7 +1,7 @@
 //! What is done to one group, once in plain Rust (`scalar`, the oracle) and once per instruction set worth writing for.
 //!
 //! Every implementation gives the same bits as the oracle: sums run in the order it states, and `a * b + c` is fused
-//! only where the product is exact.
+//! only where the product is exact, or everywhere (`accumulate`).
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -17,6 +17,43 @@ pub(super) type Group = [f32; GROUP_SIZE];
 pub(super) type Codes = [u8; CODE_BYTES];
 /// One value for each candidate scale of the search.
 pub(super) type Candidates = [f32; 24];
+/// Columns of a panel that are added at a time.
+pub(super) const LANES: usize = 64;
+/// Some columns of 32 rows of a matrix.
+pub(super) type Panel = [[f32; LANES]; GROUP_SIZE];
+
+/// A combination of the rows of a panel, without those that count for 0.
+#[derive(Clone, Default)]
+pub(super) struct Terms {
+    len: usize,
+    rows: [u32; GROUP_SIZE],
+    factors: [f32; GROUP_SIZE],
+}
+
+impl Terms {
+    #[inline(always)]
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    #[inline(always)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// `factor` times row `row`; at most 32 times between calls of `clear`.
+    #[inline(always)]
+    pub(super) fn push(&mut self, row: usize, factor: f32) {
+        self.rows[self.len] = row as u32;
+        self.factors[self.len] = factor;
+        self.len += usize::from(factor != 0.0);
+    }
+
+    #[inline(always)]
+    fn iter(&self) -> impl Iterator<Item = (usize, f32)> {
+        self.rows[..self.len].iter().map(|row| *row as usize % GROUP_SIZE).zip(self.factors[..self.len].iter().copied())
+    }
+}
 
 /// The primitives. Floats given must be finite.
 pub(super) trait Isa: Copy + Send + Sync {
@@ -34,6 +71,8 @@ pub(super) trait Isa: Copy + Send + Sync {
     fn squared_error(self, x: &Group, y: &Group) -> f64;
     /// `(Σxq, Σq²)` over the elements in order, for each candidate's `q = clamp(x * inverse, -8, 7)` rounded half to even.
     fn fit(self, x: &Group, inverse: &Candidates) -> (Candidates, Candidates);
+    /// `sums += Σ factor * row`, fused, in the order of the terms.
+    fn accumulate(self, sums: &mut [f32; LANES], terms: &Terms, panel: &Panel);
 }
 
 /// Work to run with the primitives of some instruction set. `run` and what it calls with `isa` in a loop must be

@@ -1,6 +1,6 @@
 //! The oracle.
 
-use super::{Candidates, Codes, Group, Isa};
+use super::{Candidates, Codes, Group, Isa, LANES, Panel, Terms};
 use crate::q40::CODE_BYTES;
 
 /// Plain Rust.
@@ -58,6 +58,15 @@ impl Isa for Scalar {
             }
         }
         (xq, qq)
+    }
+
+    #[inline(always)]
+    fn accumulate(self, sums: &mut [f32; LANES], terms: &Terms, panel: &Panel) {
+        for (row, factor) in terms.iter() {
+            for (sum, value) in sums.iter_mut().zip(&panel[row]) {
+                *sum = factor.mul_add(*value, *sum);
+            }
+        }
     }
 }
 
