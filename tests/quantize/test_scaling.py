@@ -8,8 +8,9 @@ from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.folds import Fold, Slices
-from torch_to_nnef.quantize.scaling import apply_fold, spread
+from torch_to_nnef.quantize.scaling import apply_fold, rescaled, spread
 from torch_to_nnef.tensor.offload import OffloadedTensor, offload
+from torch_to_nnef.tensor.quant import quantize_q40
 
 CHANNELS = tuple(range(8))
 FOLD = Fold((Slices("0.weight", 0, CHANNELS), Slices("0.bias", 0, CHANNELS)), (Slices("2.weight", 1, CHANNELS),), 8)
@@ -87,3 +88,24 @@ def test_factors_beyond_the_dtype(model):
     with pytest.raises(T2NErrorInvalidArgument, match="`2.weight`: a factor leaves the range of torch.float16"):
         apply_fold(model, FOLD, torch.full((8,), 1e6))
     assert all(a is b for a, b in zip(model.parameters(), old, strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_of_packed_weights(transposed):
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    packed = quantize_q40(weight)
+    before = packed.decompress().mT if transposed else packed.decompress()
+    packed = packed.transposed() if transposed else packed
+    factors = torch.linspace(0.3, 7, 8)
+    by = factors if transposed else factors[:, None]
+    new = rescaled(packed, Slices("w", int(transposed), CHANNELS), factors)
+    assert type(new) is type(packed)
+    # f16 has 11 bits.
+    torch.testing.assert_close(new.decompress(), before * by, rtol=2**-11, atol=0)
+    assert torch.equal(rescaled(packed, Slices("w", int(transposed), CHANNELS), 2 * torch.ones(8)).decompress(), 2 * before)
+
+
+@pytest.mark.parametrize("factor", [1e-5, 1e6])
+def test_rows_whose_scales_leave_f16(factor):
+    packed = quantize_q40(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
+    assert rescaled(packed, FOLD.producers[0], torch.full((8,), factor)) is None

@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
+from torch_to_nnef.graph.experts import experts, routed_experts
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.uses import SAME, is_transpose
 from torch_to_nnef.quantize.folds import Fold, Slices
@@ -47,7 +48,7 @@ class _Scaled:
     """A parameter: slices along `made_axis` make the factors `made` [n], slices along `read_axis` undo the factors `read`."""
 
     fqn: str
-    made_axis: int
+    made_axis: int | None
     made: Tensor
     read_axis: int | None
     read: Tensor
@@ -87,7 +88,7 @@ class _Factors:
                 out.name: f.expand(self.concrete(out.shape)) for out, f in zip(node.outputs, factors, strict=False)
             }
         # A call that a rule did not foresee is not followed either.
-        except (_NotFollowed, RuntimeError, IndexError, TypeError, ValueError):
+        except (_NotFollowed, RuntimeError, LookupError, TypeError, ValueError):
             known = {}
             for value in values:
                 self.fix(self.of(value))
@@ -116,14 +117,14 @@ class _Factors:
         if sizes.numel() < 2 or max(sizes) != sizes.numel():
             self.frozen.add(id(self.graph.tensors[fqn]))
             return none.expand(shape)
-        return self.parameter(fqn, sizes.index(max(sizes)), offset=offset).made.reshape(shape)
+        return self.parameter(fqn, sizes.index(max(sizes)), None, offset).made.reshape(shape)
 
-    def parameter(self, fqn: str, made: int, read: int | None = None, offset: float = 0.0) -> _Scaled:
+    def parameter(self, fqn: str, made: int | None, read: int | None, offset: float = 0.0) -> _Scaled:
         """The parameter `fqn` with slices along `made` and `read`; frozen if it cannot change, or is read otherwise elsewhere."""
-        tensor = self.graph.tensors[fqn]
+        tensor, none = self.graph.tensors[fqn], torch.tensor([_ONE])
         if id(tensor) not in self.scaled:
-            columns = self.fresh(tensor.shape[read]) if read is not None else torch.tensor([_ONE])
-            self.scaled[id(tensor)] = _Scaled(fqn, made, self.fresh(tensor.shape[made]), read, columns, offset)
+            slices = (none if axis is None else self.fresh(tensor.shape[axis]) for axis in (made, read))
+            self.scaled[id(tensor)] = _Scaled(fqn, made, next(slices), read, next(slices), offset)
         found = self.scaled[id(tensor)]
         if (
             not isinstance(tensor, nn.Parameter)
@@ -134,7 +135,7 @@ class _Factors:
             or (offset and tensor.dtype not in (torch.float32, torch.float64))
         ):
             self.frozen.add(id(tensor))
-            return _Scaled(fqn, made, torch.full((tensor.shape[made],), _ONE), read, torch.tensor([_ONE]), offset)
+            return _Scaled(fqn, made, none if made is None else none.expand(tensor.shape[made]), read, none, offset)
         return found
 
     def fresh(self, n: int) -> Tensor:
@@ -312,12 +313,24 @@ class _Factors:
                 rows = self.merge(rows, self.of(value).reshape(rows.shape))
         return [rows]
 
+    def mixture(self, node: Node, axes: Mapping[int, int]) -> list[Tensor]:
+        """A mixture of experts on x: the axis of each weight, by its position, that is of the channels of x."""
+        x, *rest = node.args
+        factor = self.of(x)
+        columns = self.alike(factor, range(factor.dim() - 1)).reshape(-1)
+        for position, value in enumerate(rest, 1):
+            if position in axes:
+                self.merge(columns, self.parameter(self.origins[value.name][0], None, axes[position]).read)
+            else:
+                self.fix(self.of(value))
+        return [torch.tensor(_ONE)]
+
     def embedding(self, node: Node) -> list[Tensor]:
         """Rows of a table."""
         fqn, transposed = self.origins.get(node.args[0].name, ("", False))
         if not fqn or transposed:
             raise _NotFollowed
-        return [self.parameter(fqn, 1).made]
+        return [self.parameter(fqn, 1, None).made]
 
     def norm(self, node: Node, axis: int, weight: int) -> list[Tensor]:
         """What it reads has no factor; weight and bias, arguments `weight` and one on, are of the channels along `axis`."""
@@ -418,6 +431,8 @@ _RULES: Mapping[OpOverload, _Rule] = {
     aten.conv2d.default: _Factors.conv,
     aten.conv2d.padding: _Factors.conv,
     aten.embedding.default: _Factors.embedding,
+    experts: partial(_Factors.mixture, axes={3: 2}),
+    routed_experts: partial(_Factors.mixture, axes={1: 1, 2: 2}),
     aten.layer_norm.default: partial(_Factors.norm, axis=-1, weight=2),
     aten.rms_norm.default: partial(_Factors.norm, axis=-1, weight=2),
     aten.batch_norm.default: partial(_Factors.norm, axis=1, weight=1),
@@ -458,7 +473,7 @@ def _roots(count: int, pairs: Sequence[Tensor]) -> Tensor:
 
 def _folds(parameters: Sequence[_Scaled], roots: Tensor) -> tuple[Fold, ...]:
     """One for all unknowns that have a parameter in common."""
-    makers = [(p, p.made_axis, roots[p.made]) for p in parameters]
+    makers = [(p, p.made_axis, roots[p.made]) for p in parameters if p.made_axis is not None]
     readers = [(p, p.read_axis, roots[p.read]) for p in parameters if p.read_axis is not None]
     made, read = (torch.cat([side for *_, side in sides] or [roots[:0]]) for sides in (makers, readers))
     both = torch.zeros(2, len(roots), dtype=torch.bool)

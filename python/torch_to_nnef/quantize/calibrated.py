@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.quantize.activation import ActivationScaling
 from torch_to_nnef.quantize.apply import Progress, packed_rows, put_packed, row_of
 from torch_to_nnef.quantize.calibration import Calibration
 from torch_to_nnef.quantize.rows import snr_db
+from torch_to_nnef.quantize.scaling import apply_folds
 from torch_to_nnef.quantize.sequence import Order, Replay, Stage, order_of
 from torch_to_nnef.quantize.statistics import InputStatistics, Moments, MomentSums
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
@@ -42,6 +44,7 @@ def quantize_calibrated_(
     progress: Progress | None = None,
     sequential: bool = True,
     beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    scaling: CalibratedEncode | None = None,
 ) -> nn.Module:
     """Replace the weights asked for by `encode(weight, name, statistics)`, in place; as `quantize_` does, all of them or none.
 
@@ -59,6 +62,7 @@ def quantize_calibrated_(
         sequential: Inputs are those that the weights quantized before give; statistics then have the drift from the float model.
             Otherwise they are those of the float model.
         beside: Other parameters that take new values with the weights, by name.
+        scaling: Scale inputs where `selection.folds` lets them be (`ActivationScaling`); this encoder judges by how much.
 
     Raises:
         T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
@@ -74,34 +78,45 @@ def quantize_calibrated_(
     done, total = 0, sum(target.nbytes for target in wanted)
     with running(model), _Placed(model, beside if sequential else {}) as placed:
         walk = Walk(model, wanted, calibration, placed if sequential else None)
+        folds = selection.folds if selection and scaling else ()
+        scales = ActivationScaling(model, folds, wanted, scaling or encode)
         for group in walk.groups():
             statistics = walk.statistics(group) if isinstance(group, Stage) else None
+            if isinstance(group, Stage) and statistics is not None:
+                scales.choose(group.targets, statistics, packed)
             for target in group.targets if isinstance(group, Stage) else group:
                 name, began = target.places[0].fqn, time.perf_counter()
                 if progress:
                     progress(done, total, name)
-                codes = packed_rows(target, encode, name, statistics)
-                notes[id(target.tensor)] = _output_snr(target, codes, statistics), time.perf_counter() - began
+                scaled, known = scales.scaled(target, statistics)
+                codes = packed_rows(scaled, encode, name, known)
+                values = scales.unscaled(target, codes.decompress())
+                notes[id(target.tensor)] = _output_snr(target, values, statistics), time.perf_counter() - began
                 packed[id(target.tensor)] = codes
                 if sequential:
-                    placed.put(target, codes)
+                    placed.put(target, values)
                 done += target.nbytes
     rows = []
     for target in targets:
         snr, seconds = notes.get(id(target.tensor), (None, None))
         new = packed.get(id(target.tensor))
         how = method if isinstance(method, str) else method(target.places[0].fqn) if new is not None else ""
-        rows.append(row_of(target, new, how, output_snr_db=snr, seconds=seconds))
+        rows.append(row_of(scales.final(target), new, how, output_snr_db=snr, seconds=seconds))
     if progress:
         progress(total, total, "")
-    put_packed(model, targets, packed, rows, beside)
+    others = apply_folds(model, scales.chosen, leave=packed)
+    try:
+        put_packed(model, targets, packed, rows, beside)
+    except BaseException:
+        others.undo()
+        raise
     return model
 
 
-def _output_snr(target: Target, packed: QTensorTractScaleOnly, statistics: InputStatistics | None) -> float | None:
+def _output_snr(target: Target, approximate: torch.Tensor, statistics: InputStatistics | None) -> float | None:
     if statistics is None or statistics.held_out is None:
         return None
-    exact, approximate = target.tensor.detach(), packed.decompress()
+    exact = target.tensor.detach()
     if target.transposed:
         exact, approximate = exact.mT, approximate.mT
     return snr_db(*statistics.held_out.output_error(exact, approximate))
@@ -225,9 +240,9 @@ class _Placed:
         """Whether nothing was changed yet."""
         return not self._changes
 
-    def put(self, target: Target, packed: QTensor) -> None:
-        """Hold the values of `packed`, as floats, where `target` is held."""
-        values: torch.Tensor = packed.decompress().to(target.tensor.device)
+    def put(self, target: Target, values: torch.Tensor) -> None:
+        """Hold `values` where `target` is held."""
+        values = values.to(target.tensor.device)
         if isinstance(target.tensor, nn.Parameter):
             values = nn.Parameter(values, requires_grad=False)
         self._changes.append((target.places, target.tensor, values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,6 +58,19 @@ class Moments:
             noise += float(share @ e.square().sum(1))
         return signal, max(noise, 0.0)
 
+    def divided(self, by: torch.Tensor) -> Moments:
+        """Of inputs that are divided by `by` [K]."""
+
+        def scaled(matrix: torch.Tensor | None) -> torch.Tensor | None:
+            if matrix is None:
+                return None
+            parts = by.reshape(matrix.shape[1], -1)
+            return matrix / (parts[:, :, None] * parts[:, None, :])
+
+        return replace(
+            self, hessian=scaled(self.hessian), drift=scaled(self.drift), drift_square=scaled(self.drift_square)
+        )
+
     def aim(self, weight: torch.Tensor, strength: float, damping: float = 0.01) -> torch.Tensor:
         """The weight [N, ...] that, times x, is closest to `weight` times x + strength * d: W + strength * W D^T H^-1, D the drift.
 
@@ -82,6 +95,10 @@ class InputStatistics:
     def judge(self) -> Moments:
         """Held-out moments; without any, those learned from."""
         return self.held_out or self.learn
+
+    def divided(self, by: torch.Tensor) -> InputStatistics:
+        """Of inputs that are divided by `by` [K]."""
+        return InputStatistics(self.learn.divided(by), self.held_out and self.held_out.divided(by))
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
