@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.quantize.methods.gptq import quantize_gptq
+from torch_to_nnef.quantize.methods.imatrix import quantize_imatrix
 from torch_to_nnef.quantize.methods.min_max import quantize_min_max
 from torch_to_nnef.quantize.methods.scale_search import quantize_scale_search
 from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection
@@ -87,6 +89,8 @@ def offloaded_tensor_qtensor(
 
 DEFAULT_COMPRESSION: dict[str, Method] = {
     "q40": quantize_weights_q40,
+    "q40_imatrix": quantize_imatrix,
+    "q40_gptq": quantize_gptq,
     "min_max_q4_0": quantize_weights_min_max_Q4_0,
     "min_max_q4_0_with_embeddings": partial(
         quantize_weights_min_max_Q4_0,
