@@ -119,16 +119,17 @@ def _moments(hessian: torch.Tensor, damping: float, act_order: bool, name: str) 
     h = hessian.to("cpu", torch.float64)
     if not bool(torch.isfinite(h).all()):
         raise T2NErrorInvalidArgument(f"the Hessian of `{name}` holds NaN or Inf: the calibration went wrong")
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean())
-    if mean <= 0:  # no input was ever other than zero: every element counts the same
-        h, mean = torch.eye(len(h), dtype=torch.float64), 1.0
+    identity = torch.eye(len(h), dtype=torch.float64)
+    if not bool(h.any()):  # no input was ever other than zero: every element counts the same
+        h = identity
+    if (mean := float(h.diagonal().mean())) <= 0:
+        raise T2NErrorInvalidArgument(f"the Hessian of `{name}` is not positive semidefinite: a diagonal of {mean:.3g}")
     # Relative to its mean, so that f32 holds what follows whatever the scale of the inputs.
     h = (h + h.T) / (2 * mean)
     order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h))
     ridge = max(damping, 1e-7)
     for _ in range(_DOUBLINGS + 1):
-        damped = h + ridge * torch.eye(len(h), dtype=torch.float64)
+        damped = h + ridge * identity
         # A = R R^T with R upper triangular is a Cholesky of the reversed matrix; U = R^-1 gives U^T U = A^-1.
         lower, failed = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
         if not failed:
@@ -138,7 +139,7 @@ def _moments(hessian: torch.Tensor, damping: float, act_order: bool, name: str) 
         raise T2NErrorInvalidArgument(
             f"the Hessian of `{name}` is not positive semidefinite, even with {ridge / 2:.3g} of its mean on the diagonal"
         )
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(h), dtype=torch.float64), upper=True)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     return _Moments(damped, ridge, factor, order, damped.diagonal())
 
 
