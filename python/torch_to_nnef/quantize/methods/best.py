@@ -11,8 +11,8 @@ from torch import nn
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.quantize.calibrated import quantize_calibrated_, running
 from torch_to_nnef.quantize.calibration import Calibration, as_calibration
-from torch_to_nnef.quantize.methods.gptq import fitted
-from torch_to_nnef.quantize.methods.imatrix import weighted
+from torch_to_nnef.quantize.methods.gptq import encode_gptq
+from torch_to_nnef.quantize.methods.imatrix import encode_imatrix
 from torch_to_nnef.quantize.rows import record, recording
 from torch_to_nnef.quantize.tuning import tune
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, quantize_q40
@@ -29,9 +29,9 @@ Candidate = Callable[[torch.Tensor, str, "InputStatistics | None"], "QTensorTrac
 CANDIDATES: Mapping[str, Candidate] = {
     "min_max_q4_0": lambda rows, name, statistics: quantize_q40(rows, "signed_extreme", name=name),
     "q40": lambda rows, name, statistics: quantize_q40(rows, "scale_search", name=name),
-    "q40_imatrix": weighted,
-    "q40_gptq, own inputs": lambda rows, name, statistics: fitted(rows, name, statistics, 0.0),
-    "q40_gptq": fitted,
+    "q40_imatrix": encode_imatrix,
+    "q40_gptq, own inputs": lambda rows, name, statistics: encode_gptq(rows, name, statistics, strength=0.0),
+    "q40_gptq": encode_gptq,
 }
 """What `q40_best` tries, simple ones first: of equals, the first is taken."""
 

@@ -1,4 +1,4 @@
-"""`q40_imatrix`: the scale of each group with the least squared error weighted by the mean square of each input."""
+"""`q40_imatrix`: as `q40`, each element's error weighed by the mean square of what it is multiplied with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch_to_nnef.tensor.quant.calibrated import quantize_q40_weighted
 from torch_to_nnef.tensor.quant.qtract import quantize_q40
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
     from torch import nn
@@ -23,31 +23,45 @@ if TYPE_CHECKING:
 
 def quantize_imatrix(
     model: nn.Module,
-    tokenizer: Any = None,
+    tokenizer: Callable[..., Any] | None = None,
     calibration: Any = None,
-    *,
     to_quantize_module_classes: Sequence[type[nn.Module]] | None = None,
     selection: Selection | None = None,
     progress: Progress | None = None,
     method: str = "q40_imatrix",
+    sequential: bool = False,
     **kw: Any,
 ) -> nn.Module:
-    """Quantize weights to Q40 by a scale search under the diagonal of the Hessian (llama.cpp's importance matrix), in place.
+    """Quantize weights to Q40 with the least squared error weighed by their inputs, in place; as `quantize_calibrated_`.
 
-    Arguments and errors are those of `quantize_gptq`. Inputs are those of the float model.
+    Args:
+        model: Changed in place, and returned.
+        tokenizer: For a calibration on texts.
+        calibration: What `as_calibration` takes.
+        to_quantize_module_classes: None: Linear, Embedding, Conv1d, Conv2d.
+        selection: Filters, and what the captured graph knows about uses.
+        progress: `(done, total, name)`.
+        method: Name shown in reports.
+        sequential: Inputs are those that the weights quantized before give.
+        **kw: Arguments of the registry call that this method does not need.
+
+    Raises:
+        T2NErrorInvalidArgument: No calibration, or one that the model cannot be called with.
+        T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
+
     """
-
-    def encode(rows: torch.Tensor, name: str, statistics: InputStatistics | None) -> QTensorTractScaleOnly:
-        return weighted(rows, name, statistics)
-
     return quantize_calibrated_(
-        model, encode, as_calibration(calibration, tokenizer, model), classes=to_quantize_module_classes,
-        selection=selection, method=method, progress=progress, sequential=False,
+        model, encode_imatrix, as_calibration(calibration, tokenizer, model), classes=to_quantize_module_classes,
+        selection=selection, method=method, progress=progress, sequential=sequential,
     )  # fmt: skip
 
 
-def weighted(rows: torch.Tensor, name: str, statistics: InputStatistics | None) -> QTensorTractScaleOnly:
-    """Codes for rows [N, K] by weighted scale search; unweighted where nothing is known of products with them."""
-    if statistics is None or (importance := statistics.learn.diagonal) is None:
-        return quantize_q40(rows, "scale_search", name=name)
-    return quantize_q40_weighted(rows, importance, name)
+def encode_imatrix(weight: torch.Tensor, name: str, statistics: InputStatistics | None) -> QTensorTractScaleOnly:
+    """Rows [N, K] by the diagonal of their second moments; by scale search if they have none.
+
+    What is only looked up has none: how often a row is looked up counts the same for all of its elements.
+    """
+    importance = None if statistics is None else statistics.learn.diagonal
+    if importance is None:
+        return quantize_q40(weight, "scale_search", name=name)
+    return quantize_q40_weighted(weight, importance, name)
