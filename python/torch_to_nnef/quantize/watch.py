@@ -44,8 +44,8 @@ class Watch(TorchDispatchMode):
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run `func`; if it reads a target, say with what."""
-        if (see := _SEEN.get(func.name())) is not None:
-            see(self, *args, **{name: value for name, value in (kwargs or {}).items() if name == "offs"})
+        if (see := _SEEN.get(str(func.name()))) is not None:  # type: ignore[no-untyped-call]
+            see(self, *args, *[value for name, value in (kwargs or {}).items() if name == "offs"])
         elif torch.is_inference_mode_enabled():  # where composed operators come whole
             with self:
                 if (result := func.decompose(*args, **(kwargs or {}))) is not NotImplemented:
@@ -75,10 +75,12 @@ class Watch(TorchDispatchMode):
         start = int(weight.storage_offset() - rows.storage_offset()) // rows.stride(0)
         self._multiplied(target, x[:, None] if x.dim() == 2 else x.transpose(0, 1), start, len(rows))
 
-    def grouped(self, weight: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> None:
-        """`weight` [E, N, K], matrix e times rows [ends[e - 1], ends[e]) of x [R, K]."""
+    def grouped(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor | None = None, *_: Any) -> None:
+        """Rows [ends[e - 1], ends[e]) of x [R, K] times `weight` [E, K, N][e]."""
+        if ends is None:
+            return
         start = 0
-        for matrix, end in zip(weight, ends.tolist(), strict=True):
+        for matrix, end in zip(weight.mT, ends.tolist(), strict=True):
             if end > start:
                 self.matrix(matrix, x[start:end])
             start = end
@@ -136,8 +138,8 @@ _SEEN: Mapping[str, Callable[..., None]] = {
     "aten::baddbmm": lambda watch, bias, a, b: _products(watch, a, b),
     "aten::addmv": lambda watch, bias, a, x: watch.matrix(a, x[None]),
     "aten::linear": lambda watch, x, weight, *bias: watch.matrix(weight, x.reshape(-1, x.shape[-1])),
-    "aten::_grouped_mm": lambda watch, x, b, offs=None, *_: offs is not None and watch.grouped(b.mT, x, offs),
-    "transformers::grouped_mm_fallback": lambda watch, x, b, offs: watch.grouped(b.mT, x, offs),
+    "aten::_grouped_mm": Watch.grouped,
+    "transformers::grouped_mm_fallback": Watch.grouped,
     "aten::embedding": Watch.embedding,
     "aten::convolution": lambda watch, x, weight, bias, *geometry: (
         None if geometry[3] else watch.convolution(weight, x, geometry[:3], geometry[5])
