@@ -132,6 +132,12 @@ def dynamic_load_registry(path: str) -> Mapping[str, Method]:
     return registry
 
 
+def needs_calibration(fn: Method) -> bool:
+    """Whether a registry method learns from data: it has a parameter `calibration`, without a default or with None."""
+    parameter = inspect.signature(fn).parameters.get("calibration")
+    return parameter is not None and parameter.default in (None, inspect.Parameter.empty)
+
+
 def call_method(
     fn: Method,
     model: nn.Module,
