@@ -97,6 +97,17 @@ class Target:
     transposed: bool = False
 
     @property
+    def has_wrong_rows(self) -> bool:
+        """Whether the shape alone is what Q40 cannot hold, of a weight in a use that it could have."""
+        return self.reason is not None and self.reason == q40_shape_reason(self.rows_shape)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor whose rows are divided into groups."""
+        shape = tuple(self.tensor.shape)
+        return (*shape[:-2], *reversed(shape[-2:])) if self.transposed else shape
+
+    @property
     def nbytes(self) -> int:
         """Of the weight."""
         return self.tensor.numel() * self.tensor.element_size()
