@@ -25,7 +25,7 @@ from torch_to_nnef.quantize.methods.half import keep_half
 from torch_to_nnef.quantize.methods.imatrix import quantize_imatrix
 from torch_to_nnef.quantize.methods.min_max import quantize_min_max
 from torch_to_nnef.quantize.methods.scale_search import quantize_scale_search
-from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Filter, Selection, Target, as_filters, find_targets
+from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection, Target, as_filters, find_targets
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QTensor
 
@@ -154,7 +154,7 @@ class Choice:
 
     method: str | Method | None
     registry: Mapping[str, Method] = field(default_factory=lambda: DEFAULT_COMPRESSION)
-    overrides: Mapping[Filter, str] = field(default_factory=dict)
+    overrides: Mapping[Any, str] = field(default_factory=dict)
     fallback: str | None = None
 
     def __post_init__(self) -> None:
