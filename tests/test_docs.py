@@ -19,6 +19,7 @@ PAGES = [
         "docs/custom_operators.md",
         "docs/llm.md",
         "docs/llm_families.md",
+        "docs/quality.md",
     )
 ]
 IN_BACKTICKS = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/|[\w./-]+\.(?:py|pyi|rs|toml|md|html))`")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef._native import __version__, tract_version
-from torch_to_nnef.compress import DEFAULT_COMPRESSION, Method, call_method
+from torch_to_nnef.compress import DEFAULT_COMPRESSION, Method, call_method, needs_calibration
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, relower, staged
 from torch_to_nnef.graph.capture import eval_mode
@@ -25,6 +25,7 @@ from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.nnef.writer import target_path, write_archive
 from torch_to_nnef.quantize.apply import Progress, row_of
+from torch_to_nnef.quantize.calibration import Calibration, as_calibration
 from torch_to_nnef.quantize.rows import TensorRow, recording
 from torch_to_nnef.quantize.targets import Filters, Selection, Target, as_filters
 from torch_to_nnef.report import Report, Totals
@@ -40,7 +41,8 @@ def quantize_and_verify(
     method: str | Method | None = "q40",
     registry: Mapping[str, Method] = DEFAULT_COMPRESSION,
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | Path | None = None,
+    tokenizer: Any = None,
     include: Filters | None = None,
     exclude: Filters | None = None,
     overrides: Mapping[str, str] | None = None,
@@ -57,7 +59,8 @@ def quantize_and_verify(
     args: sample inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
     path: `x.nnef.tgz`, `x.nnef.tar`, or `x.nnef` (a folder).
     method: a key of `registry`, a callable with the registry's signature, or None to export and verify only.
-    calibration: batches of inputs, for methods that take a `calibration` argument.
+    calibration: for methods that learn from data: batches of inputs, a `DataLoader`, the path of an `.npz` file, or texts with a
+    `tokenizer` of transformers (see `as_calibration`). A method of yours gets it as it is given.
     include, exclude: fqn globs, regexes or `(module, fqn) -> bool`; overrides: fqn pattern -> another key of `registry`.
     dynamic_axes: `{"input": {0: "B"}}`; added to those of `inference_target`.
     inplace: quantize `model` itself instead of a copy that shares the weights left in float.
@@ -71,6 +74,8 @@ def quantize_and_verify(
     destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
+    if calibration is None and method is not None and needs_calibration(_lookup(method, registry)):
+        as_calibration(None)  # raises
     original, model = model, eager(model)
     if inplace and model is not original:
         raise T2NErrorInvalidArgument("a ScriptModule cannot hold quantized weights: leave out inplace=True")
@@ -89,7 +94,8 @@ def quantize_and_verify(
     with recording() as recorded, _restored_on_error(work), staged(destination) as beside:
         with steps("quantize"):
             selection = Selection(weight_uses(graph), include, exclude, find_folds(graph))
-            extras = {"calibration": calibration, "progress": progress}
+            data = as_calibration(calibration, tokenizer, work) if ours and calibration is not None else calibration
+            extras = {"calibration": data, "tokenizer": tokenizer, "progress": progress}
             work = _apply(work, _choices(method, registry, selection, overrides or {}), extras)
         with steps("lower"):
             captured = captured.rebind(work)

@@ -18,6 +18,9 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.quantize.methods.best import quantize_best
+from torch_to_nnef.quantize.methods.gptq import quantize_gptq
+from torch_to_nnef.quantize.methods.imatrix import quantize_imatrix
 from torch_to_nnef.quantize.methods.min_max import quantize_min_max
 from torch_to_nnef.quantize.methods.scale_search import quantize_scale_search
 from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection
@@ -87,6 +90,9 @@ def offloaded_tensor_qtensor(
 
 DEFAULT_COMPRESSION: dict[str, Method] = {
     "q40": quantize_weights_q40,
+    "q40_imatrix": quantize_imatrix,
+    "q40_gptq": quantize_gptq,
+    "q40_best": quantize_best,
     "min_max_q4_0": quantize_weights_min_max_Q4_0,
     "min_max_q4_0_with_embeddings": partial(
         quantize_weights_min_max_Q4_0,
@@ -124,6 +130,12 @@ def dynamic_load_registry(path: str) -> Mapping[str, Method]:
     if not isinstance(registry, Mapping) or not all(isinstance(k, str) and callable(v) for k, v in registry.items()):
         raise T2NErrorInvalidArgument(f"`{path}` is not a mapping of method names to callables")
     return registry
+
+
+def needs_calibration(fn: Method) -> bool:
+    """Whether a registry method learns from data: it has a parameter `calibration`, without a default or with None."""
+    parameter = inspect.signature(fn).parameters.get("calibration")
+    return parameter is not None and parameter.default in (None, inspect.Parameter.empty)
 
 
 def call_method(

@@ -83,6 +83,22 @@ def export_llm_to_tract(
         str,
         Option("--compression-registry", help="Mapping of methods as pkg.mod.NAME, found from the current folder too."),
     ] = LlmOptions.compression_registry,
+    calibration_text: Annotated[
+        Path | None, Option("--calibration-text", help="Text file that methods learn from.")
+    ] = LlmOptions.calibration_text,
+    calibration_npz: Annotated[
+        Path | None,
+        Option("--calibration-npz", help="Arrays [samples, ...] that methods learn from, by input name: input_ids..."),
+    ] = LlmOptions.calibration_npz,
+    calibration_cache: Annotated[
+        Path | None,
+        Option(
+            "--calibration-cache", help="File that keeps what was learned of the inputs of weights, to use it again."
+        ),
+    ] = LlmOptions.calibration_cache,
+    calibration_tokens: Annotated[
+        int, Option("--calibration-tokens", metavar="N", help="How much of the text is read.")
+    ] = LlmOptions.calibration_tokens,
     force_f32_attention: Annotated[
         bool, Option("-f32-attn", "--force-f32-attention", help="Attention computes in f32.")
     ] = LlmOptions.force_f32_attention,

@@ -17,6 +17,7 @@ from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import prepare
 from torch_to_nnef.graph.uses import weight_uses
+from torch_to_nnef.llm_tract.calibration import calibration_of, check_calibration
 from torch_to_nnef.llm_tract.card import model_card
 from torch_to_nnef.llm_tract.causal import Signature, as_step
 from torch_to_nnef.llm_tract.checkpoint import DTYPES, Checkpoint
@@ -61,6 +62,7 @@ def export_llm(options: LlmOptions) -> LlmReport:
     `export_model_to_nnef` raise; `T2NErrorIOPytorchTractNotISO` if tract's outputs, or the text it generates, are not torch's.
     """
     method = _method(options)
+    check_calibration(options, method)
     with replaced_folder(options) as layout:
         checkpoint = Checkpoint.find(options)
         trusted, cached = options.trust_remote_code, options.force_inputs_dtype
@@ -170,6 +172,7 @@ class _Work:
     ) -> tuple[Captured, Graph]:
         """Apply `method`; the capture holds as long as the modules are the same ones, whatever their weights."""
         before = _modules(self.model)
+        options = self.options
         self.model = call_method(
             method,
             self.model,
@@ -178,6 +181,8 @@ class _Work:
             local_dir=self.checkpoint.folder,
             selection=Selection(uses=weight_uses(graph), folds=find_folds(graph, self.signature.carried_positions)),
             progress=progress,
+            calibration=calibration_of(options, self.model, self.tokenizer, self.signature.context),
+            calibration_cache=options.calibration_cache,
         )
         if _modules(self.model) != before:
             return self._capture()

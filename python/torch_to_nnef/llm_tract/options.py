@@ -30,6 +30,9 @@ class LlmOptions:
     force_module_dtype: dtype to compute in; None: the checkpoint's own. force_inputs_dtype: dtype of the cache inputs; None: the same.
     compression_registry: `pkg.mod.NAME` of a mapping of methods, found from the current folder too. compression_method: a key of it;
     None: weights stay as they are.
+    calibration_text: a text file (UTF-8) to learn from, its first calibration_tokens tokens; calibration_npz: instead of it, arrays
+    [samples, ...] by the names of the model's inputs, such as `input_ids`. calibration_cache: a file that keeps what was learned of the
+    float model's inputs; one that is there already is read, and no data is needed.
     force_f32_attention, force_f32_linear_accumulator, force_f32_normalization: what a half precision model computes in f32.
     reify_sdpa_operator: write attention as tract's own operator (True), spelled out (False), or as is faster (None).
     num_logits_to_keep: positions, counted from the end, that get logits; 0: all; "dynamic": named by an input `logits_to_keep`.
@@ -54,6 +57,10 @@ class LlmOptions:
     force_inputs_dtype: DtypeName | None = None
     compression_registry: str = DEFAULT_REGISTRY
     compression_method: str | None = None
+    calibration_text: Path | None = None
+    calibration_npz: Path | None = None
+    calibration_cache: Path | None = None
+    calibration_tokens: int = 8192
     force_f32_attention: bool = False
     force_f32_linear_accumulator: bool = False
     force_f32_normalization: bool = False
@@ -72,7 +79,7 @@ class LlmOptions:
     ignore_already_exist_dir: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("export_dirpath", "local_dir", "tract_specific_path", "eval_text"):
+        for name in ("export_dirpath", "calibration_cache", *_READ):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(path))
         if (self.model_slug is None) == (self.local_dir is None):
@@ -81,11 +88,16 @@ class LlmOptions:
             if (value := getattr(self, name)) not in allowed:
                 choices = ", ".join(filter(None, allowed))
                 raise T2NErrorInvalidArgument(f"{name}: {value!r} is not one of {choices}")
-        for name in ("local_dir", "tract_specific_path", "eval_text"):
+        for name in _READ:
             if (path := getattr(self, name)) is not None and not path.exists():
                 raise T2NErrorNotFoundFile(f"{name}: {path} does not exist")
         _check_count("num_logits_to_keep", self.num_logits_to_keep, 0, "dynamic")
         _check_count("sample_generation_total_size", self.sample_generation_total_size, 2, None)
+        _check_count("calibration_tokens", self.calibration_tokens, 2, None)
+        if self.calibration_text is not None and self.calibration_npz is not None:
+            raise T2NErrorInvalidArgument(
+                "calibration data is a text (calibration_text) or arrays (calibration_npz), not both"
+            )
         if self.merge_peft == "":
             raise T2NErrorInvalidArgument("merge_peft: the name of an adapter is empty")
         object.__setattr__(self, "tract_check_io_tolerance", self.target().check_io_tolerance)
@@ -118,6 +130,7 @@ class LlmOptions:
         return replace(target, **options)
 
 
+_READ = ("local_dir", "tract_specific_path", "eval_text", "calibration_text", "calibration_npz")
 _CHOICES = {
     "force_module_dtype": (*get_args(DtypeName), None),
     "force_inputs_dtype": (*get_args(DtypeName), None),

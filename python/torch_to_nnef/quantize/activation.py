@@ -7,7 +7,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -47,9 +47,7 @@ class ActivationScaling:
         self.chosen: list[tuple[Fold, Tensor]] = []
         self._reads: dict[int, tuple[Slices, Tensor]] = {}
 
-    def choose(
-        self, targets: Iterable[Target], statistics: InputStatistics, packed: dict[int, QTensor]
-    ) -> None:
+    def choose(self, targets: Iterable[Target], statistics: InputStatistics, packed: dict[int, QTensor]) -> None:
         """Decide on the folds that scale inputs of `targets`; `packed` are weights encoded so far, by the id of the float ones."""
         now = {id(target.tensor) for target in targets}
         for fold in [f for f in self._open if any(id(self._held[side.fqn]) in now for side in f.consumers)]:
@@ -62,18 +60,21 @@ class ActivationScaling:
                 continue
             weights = [_Weight.of(self._rows(side), side, statistics) for side in readers]
             factors = best_factors(weights, fold.channels, self._encode)
-            rescaling = {} if factors is None else {
-                id(self._held[side.fqn]): rescaled(packed[id(self._held[side.fqn])], side, 1 / factors) for side in makers
-            }
+            rescaling = (
+                {}
+                if factors is None
+                else {
+                    id(self._held[side.fqn]): rescaled(packed[id(self._held[side.fqn])], side, 1 / factors)
+                    for side in makers
+                }
+            )
             if factors is None or None in rescaling.values():
                 continue
             packed.update({key: new for key, new in rescaling.items() if new is not None})
             self.chosen.append((fold, factors))
             self._reads.update({id(self._held[side.fqn]): (side, factors) for side in readers})
 
-    def scaled(
-        self, target: Target, statistics: InputStatistics | None
-    ) -> tuple[Target, InputStatistics | None]:
+    def scaled(self, target: Target, statistics: InputStatistics | None) -> tuple[Target, InputStatistics | None]:
         """`target` as it is to be encoded, and what is known of its inputs then."""
         if id(target.tensor) not in self._reads or statistics is None:
             return target, statistics

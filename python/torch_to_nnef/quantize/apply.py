@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch_to_nnef.quantize.targets import Selection, Target, find_targets
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
+from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
 Encode = Callable[[torch.Tensor, str], QTensorTractScaleOnly]
 # `(bytes done, all bytes, name of what is next)`.
@@ -72,7 +74,7 @@ def quantize_(
         rows.append(row_of(read, packed.get(id(target.tensor)), method, seconds=seconds))
     if progress:
         progress(total, total, "")
-    put_packed(targets, packed, rows)
+    put_packed(model, targets, packed, rows)
     return model
 
 
@@ -82,14 +84,26 @@ def packed_rows(target: Target, encode: Callable[..., QTensorTractScaleOnly], *k
     return encode(weight.mT, *known).transposed() if target.transposed else encode(weight, *known)
 
 
-def put_packed(targets: Sequence[Target], packed: Mapping[int, QTensor], rows: Sequence[TensorRow]) -> None:
-    """Hold what was made of each target (by the id of its tensor) in all its places, or change nothing; then record `rows`."""
-    encoded: dict[int, nn.Parameter | QTensor] = {}
-    for target in targets:
-        if (new := packed.get(id(target.tensor))) is not None:
-            held = isinstance(target.tensor, nn.Parameter)
-            encoded[id(target.tensor)] = nn.Parameter(new, requires_grad=False) if held else new
-    _swap(targets, encoded)
+def put_packed(
+    model: nn.Module,
+    targets: Sequence[Target],
+    packed: Mapping[int, QTensor],
+    rows: Sequence[TensorRow],
+    beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> None:
+    """Hold what was made of each target (by the id of its tensor) in all its places, or change nothing; then record `rows`.
+
+    beside: other parameters by name, and what is held instead.
+    """
+    updater = ModTensorUpdater(model)
+    changes: list[tuple[torch.Tensor, torch.Tensor]] = [
+        (t.tensor, packed[id(t.tensor)]) for t in targets if id(t.tensor) in packed
+    ]
+    changes += [(updater.get(name), new) for name, new in beside.items()]
+    held = [
+        (old, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new) for old, new in changes
+    ]
+    _swap([(place, old, new) for old, new in held for place in updater.places(old)])
     for row in rows:
         record(row)
 
@@ -99,8 +113,7 @@ def _read(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight.nbytes > _LARGEST_READ else loaded(weight)
 
 
-def _swap(targets: Sequence[Target], encoded: dict[int, nn.Parameter | QTensor]) -> None:
-    swaps = [(place, t.tensor, encoded[id(t.tensor)]) for t in targets if id(t.tensor) in encoded for place in t.places]
+def _swap(swaps: Sequence[tuple[Place, torch.Tensor, torch.Tensor]]) -> None:
     try:
         for place, _, new in swaps:
             place.put(new)

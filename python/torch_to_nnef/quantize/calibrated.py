@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ from torch_to_nnef.quantize.watch import Watch
 from torch_to_nnef.tensor.offload import OffloadedTensor
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
+from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,9 +40,10 @@ def quantize_calibrated_(
     *,
     classes: Sequence[type[nn.Module]] | None = None,
     selection: Selection | None = None,
-    method: str,
+    method: str | Callable[[str], str],
     progress: Progress | None = None,
     sequential: bool = True,
+    beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
     scaling: CalibratedEncode | None = None,
 ) -> nn.Module:
     """Replace the weights asked for by `encode(weight, name, statistics)`, in place; as `quantize_` does, all of them or none.
@@ -54,10 +57,11 @@ def quantize_calibrated_(
         calibration: Batches that the model can be called with.
         classes: Module classes (with subclasses) whose `weight` is asked for; None for Linear, Embedding, Conv1d, Conv2d.
         selection: Narrows further, and brings what the captured graph knows about uses.
-        method: Name shown in rows.
+        method: Name shown in rows, or what gives it for a weight.
         progress: Called as `(done, total, name)` before each weight, and once at the end; in bytes of the float weights.
         sequential: Inputs are those that the weights quantized before give; statistics then have the drift from the float model.
             Otherwise they are those of the float model.
+        beside: Other parameters that take new values with the weights, by name.
         scaling: Scale inputs where `selection.folds` lets them be (`ActivationScaling`); this encoder judges by how much.
 
     Raises:
@@ -72,7 +76,7 @@ def quantize_calibrated_(
     packed: dict[int, QTensor] = {}
     notes: dict[int, tuple[float | None, float]] = {}
     done, total = 0, sum(target.nbytes for target in wanted)
-    with _running(model), _Placed() as placed:
+    with running(model), _Placed(model, beside if sequential else {}) as placed:
         walk = Walk(model, wanted, calibration, placed if sequential else None)
         folds = selection.folds if selection and scaling else ()
         scales = ActivationScaling(model, folds, wanted, scaling or encode)
@@ -89,17 +93,20 @@ def quantize_calibrated_(
                 values = scales.unscaled(target, codes.decompress())
                 notes[id(target.tensor)] = _output_snr(target, values, statistics), time.perf_counter() - began
                 packed[id(target.tensor)] = codes
-                placed.put(target, values)
+                if sequential:
+                    placed.put(target, values)
                 done += target.nbytes
     rows = []
     for target in targets:
         snr, seconds = notes.get(id(target.tensor), (None, None))
-        rows.append(row_of(scales.final(target), packed.get(id(target.tensor)), method, output_snr_db=snr, seconds=seconds))
+        new = packed.get(id(target.tensor))
+        how = method if isinstance(method, str) else method(target.places[0].fqn) if new is not None else ""
+        rows.append(row_of(scales.final(target), new, how, output_snr_db=snr, seconds=seconds))
     if progress:
         progress(total, total, "")
     others = apply_folds(model, scales.chosen, leave=packed)
     try:
-        put_packed(targets, packed, rows)
+        put_packed(model, targets, packed, rows, beside)
     except BaseException:
         others.undo()
         raise
@@ -128,7 +135,6 @@ class Walk:
         self._order: Order = order_of(model, targets, batches[0])
         self._quantized = Replay(model, self._order.blocks, batches)
         self._exact = Replay(model, self._order.blocks, batches)
-        self._drifts = False
 
     def groups(self) -> Iterator[Stage | tuple[Target, ...]]:
         """Stages in order, then the weights that the calibration does not reach."""
@@ -149,13 +155,11 @@ class Walk:
             sums[held_out].add(self._inputs(stage, self._quantized, index), self._exact_inputs(stage, index))
         name = stage.targets[0].places[0].fqn
         learn, held_out_moments = (s.moments(name) for s in sums)
-        if self._placed is not None:
-            self._drifts = True
         return InputStatistics(learn, held_out_moments if len(self._batches) > self._learn else None)
 
     def _exact_inputs(self, stage: Stage, index: int) -> _Inputs | None:
         """None as long as nothing is quantized: both states are the same."""
-        if self._placed is None or not self._drifts:
+        if self._placed is None or self._placed.is_exact:
             return None
         with self._placed.originals():
             return self._inputs(stage, self._exact, index)
@@ -222,44 +226,52 @@ class _Sums:
 
 
 class _Placed:
-    """Quantized values in the places of float weights, for the time of a walk."""
+    """New values in the places of old ones, for the time of a walk."""
 
-    def __init__(self) -> None:
-        self._held: list[tuple[Target, torch.Tensor]] = []
+    def __init__(self, model: nn.Module, beside: Mapping[str, torch.Tensor]) -> None:
+        updater = ModTensorUpdater(model)
+        olds = {name: updater.get(name) for name in beside}
+        self._changes: list[tuple[tuple[Place, ...], torch.Tensor, torch.Tensor]] = [
+            (updater.places(old), old, nn.Parameter(beside[name], requires_grad=False)) for name, old in olds.items()
+        ]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing was changed yet."""
+        return not self._changes
 
     def put(self, target: Target, values: torch.Tensor) -> None:
         """Hold `values` where `target` is held."""
         values = values.to(target.tensor.device)
         if isinstance(target.tensor, nn.Parameter):
             values = nn.Parameter(values, requires_grad=False)
-        self._held.append((target, values))
+        self._changes.append((target.places, target.tensor, values))
         for place in target.places:
             place.put(values)
 
     @contextmanager
     def originals(self) -> Iterator[None]:
-        """The float model again."""
+        """The model as it was."""
         try:
-            for target, _ in self._held:
-                for place in target.places:
-                    place.put(target.tensor)
+            self.__exit__()
             yield
         finally:
-            for target, values in self._held:
-                for place in target.places:
-                    place.put(values)
+            self.__enter__()
 
     def __enter__(self) -> Self:
+        for places, _, new in self._changes:
+            for place in places:
+                place.put(new)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for target, _ in self._held:
-            for place in target.places:
-                place.put(target.tensor)
+        for places, old, _ in self._changes:
+            for place in places:
+                place.put(old)
 
 
 @contextmanager
-def _running(model: nn.Module) -> Iterator[None]:
+def running(model: nn.Module) -> Iterator[None]:
     """In eval mode, without gradients, and with attention spelled out: its fused form hides what weights are multiplied with."""
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     fused = torch.backends.mha.get_fastpath_enabled()

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorNotFoundFile
 from torch_to_nnef.torch_internals import pytree
 
 _HELD_OUT = 5  # one batch in so many
-_WAYS = "pass calibration=batches: tensors, tuples of positional or dicts of keyword arguments, a DataLoader, or texts with a tokenizer"
+_WAYS = (
+    "pass calibration=batches: tensors, tuples of positional or dicts of keyword arguments, a DataLoader, the path of an .npz file, or "
+    "texts with a tokenizer"
+)
+TEXT_TOKENS, TEXT_WINDOW = 8192, 512
+"""How many tokens of texts are read, and in windows of how many, where nothing else is asked for."""
 
 
 class Batch(NamedTuple):
@@ -25,8 +33,20 @@ class Batch(NamedTuple):
     kwargs: Mapping[str, Any]
 
     def __call__(self, model: nn.Module) -> Any:
-        """What `model` returns."""
-        return model(*self.args, **self.kwargs)
+        """What `model` returns. Raises `T2NErrorInvalidArgument` if it does not take them."""
+        try:
+            return model(*self.args, **self.kwargs)
+        except (T2NError, MemoryError):
+            raise
+        except Exception as error:
+            raise T2NErrorInvalidArgument(
+                f"calibration: {type(model).__name__} fails on a batch of {self}: {type(error).__name__}: {error}"
+            ) from error
+
+    def __str__(self) -> str:
+        """Types and shapes."""
+        named = {f"argument {index}": value for index, value in enumerate(self.args)} | dict(self.kwargs)
+        return ", ".join(f"{name} {_described(value)}" for name, value in named.items())
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on `device`."""
@@ -54,24 +74,68 @@ class Calibration:
 
     @classmethod
     def of_texts(
-        cls, texts: Iterable[str], tokenizer: Callable[..., Any], *, size: int = 512, most: int = 8192
+        cls,
+        texts: Iterable[str],
+        tokenizer: Callable[..., Any],
+        *,
+        size: int = TEXT_WINDOW,
+        most: int = TEXT_TOKENS,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> Calibration:
         """Texts one after the other as `input_ids` [1, size]: at most `most` tokens, for a tokenizer of transformers and its models.
+
+        Each window has the special tokens that the tokenizer puts around a text. arguments: others that the model is called with.
 
         Raises:
             T2NErrorInvalidArgument: There are less than two tokens.
 
         """
+        before, after = _around(tokenizer)
         ids: list[int] = []
         for text in texts:
-            ids += tokenizer(text, verbose=False)["input_ids"] if text.strip() else []
+            ids += _tokens(tokenizer, text, add_special_tokens=False) if text.strip() else []
             if len(ids) >= most:
                 break
-        windows = [ids[i : min(i + size, most)] for i in range(0, min(len(ids), most), size)]
-        batches = [Batch((), {"input_ids": torch.tensor([window])}) for window in windows if len(window) > 1]
-        if not batches:
+        step = max(1, size - len(before) - len(after))
+        windows = [ids[i : min(i + step, most)] for i in range(0, min(len(ids), most), step)]
+        whole = [
+            torch.tensor([[*before, *window, *after]]) for window in windows if len(window) > 1 or len(windows) == 1
+        ]
+        if not whole or whole[0].shape[1] < 2:
             raise T2NErrorInvalidArgument("calibration texts: at least two tokens are needed")
-        return cls.of(batches)
+        return cls.of([Batch((), {"input_ids": window, **arguments}) for window in whole])
+
+    @classmethod
+    def of_npz(cls, path: Path, arguments: Mapping[str, Any] = MappingProxyType({})) -> Calibration:
+        """Arrays by the names of the inputs, each [samples, ...]: a sample, its first axis kept, is a batch.
+
+        Integers become int64, torch's type of indices. arguments: others that the model is called with.
+
+        Raises:
+            T2NErrorNotFoundFile: No file there.
+            T2NErrorInvalidArgument: Not an .npz file of plain arrays with as many samples each.
+
+        """
+        if not path.is_file():
+            raise T2NErrorNotFoundFile(f"no calibration data at {str(path)!r}")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise T2NErrorInvalidArgument(f"{str(path)!r} is not an .npz file of plain arrays: {error}") from error
+        counts = {array.shape[0] if array.ndim else None for array in arrays.values()}
+        if len(counts) != 1 or not (count := counts.pop()):
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "none"
+            raise T2NErrorInvalidArgument(
+                f"{str(path)!r}: arrays must be [samples, ...] of as many samples; got {shapes}"
+            )
+        tensors = {
+            name: torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
+            for name, array in arrays.items()
+        }
+        return cls.of(
+            [Batch((), {n: t[i : i + 1] for n, t in tensors.items()} | dict(arguments)) for i in range(count)]
+        )
 
 
 def as_calibration(
@@ -81,10 +145,10 @@ def as_calibration(
 
     Args:
         given: A `Calibration`; batches (each a tensor, a tuple of positional or a dict of keyword arguments; a `DataLoader`'s lists are
-            cut to the number of positional arguments `model` takes, so that labels fall away); or texts: a str, a list of them, or the
-            path of a text file.
+            cut to the number of positional arguments `model` takes, so that labels fall away); the path of an `.npz` file; or texts:
+            a str, a list of them, or the path of a text file.
         tokenizer: Of transformers; for texts.
-        model: For lists.
+        model: For lists; and a language model of transformers is asked for no cache.
 
     Raises:
         T2NErrorInvalidArgument: None, nothing, or something else; texts without a tokenizer.
@@ -101,21 +165,25 @@ def as_calibration(
         raise T2NErrorInvalidArgument(f"calibration is {type(given).__name__}, not an iterable of batches: {_WAYS}")
     items = list(given)
     if items and all(isinstance(item, (str, Path)) for item in items):
+        others = {"use_cache": False} if "use_cache" in _parameters(model) else {}
+        if len(items) == 1 and isinstance(items[0], Path) and items[0].suffix == ".npz":
+            return Calibration.of_npz(items[0], others)
         if tokenizer is None:
             raise T2NErrorInvalidArgument("calibration texts need a tokenizer")
-        return Calibration.of_texts(map(_text, items), tokenizer)
+        return Calibration.of_texts(
+            (i if isinstance(i, str) else read_text(i) for i in items), tokenizer, arguments=others
+        )
     return Calibration.of([_batch(item, model) for item in items])
 
 
-def _text(item: str | Path) -> str:
-    if isinstance(item, str):
-        return item
-    if not item.is_file():
-        raise T2NErrorNotFoundFile(f"no calibration text at {str(item)!r}")
+def read_text(path: Path) -> str:
+    """A text file. Raises `T2NErrorNotFoundFile`, and `T2NErrorInvalidArgument` if it is not UTF-8."""
+    if not path.is_file():
+        raise T2NErrorNotFoundFile(f"no calibration text at {str(path)!r}")
     try:
-        return item.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise T2NErrorInvalidArgument(f"calibration text {str(item)!r} is not UTF-8: {error}") from error
+        raise T2NErrorInvalidArgument(f"calibration text {str(path)!r} is not UTF-8: {error}") from error
 
 
 def _batch(item: Any, model: nn.Module | None) -> Batch:
@@ -132,14 +200,32 @@ def _batch(item: Any, model: nn.Module | None) -> Batch:
     raise T2NErrorInvalidArgument(f"a calibration batch is {type(item).__name__}: {_WAYS}")
 
 
+def _parameters(model: nn.Module | None) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters if model is not None else {}
+
+
 def _positional(model: nn.Module | None) -> int | None:
     """How many positional arguments `model` takes; None for any number."""
-    if model is None:
-        return None
-    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
+    kinds = [parameter.kind for parameter in _parameters(model).values()]
+    if model is None or inspect.Parameter.VAR_POSITIONAL in kinds:
         return None
     return sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)
+
+
+def _tokens(tokenizer: Callable[..., Any], text: str, **how: Any) -> list[int]:
+    return list(tokenizer(text, verbose=False, **how)["input_ids"])
+
+
+def _around(tokenizer: Callable[..., Any]) -> tuple[list[int], list[int]]:
+    """Special tokens that `tokenizer` puts before and after a text."""
+    bare, whole = _tokens(tokenizer, "a", add_special_tokens=False), _tokens(tokenizer, "a")
+    starts = (i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+    at = next(starts, 0)
+    return whole[:at], whole[at + len(bare) :]
+
+
+def _described(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _halves(batch: Batch) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:

@@ -43,7 +43,9 @@ def apply_folds(model: nn.Module, chosen: Iterable[tuple[Fold, Tensor]], leave: 
     changes: dict[int, tuple[Tensor, tuple[Place, ...], Tensor]] = {}
     for fold, factors in chosen:
         if factors.shape != (fold.channels,) or not bool(torch.isfinite(factors).all() and (factors > 0).all()):
-            raise T2NErrorInvalidArgument(f"factors must be {fold.channels} positive finite numbers: got {factors!r:.200}")
+            raise T2NErrorInvalidArgument(
+                f"factors must be {fold.channels} positive finite numbers: got {factors!r:.200}"
+            )
         for sides, by in ((fold.producers, 1 / factors.double()), (fold.consumers, factors.double())):
             for side in sides:
                 held = updater.get(side.fqn)

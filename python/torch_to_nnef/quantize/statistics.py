@@ -9,8 +9,8 @@ import torch
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.tensor.quant.compressors import GROUP
 
-LARGEST_MATRIX = 1 << 30
-"""Bytes of the second moments of one weight; above, they are kept for parts of its inputs only."""
+LARGEST_BLOCK = 4096
+"""Inputs whose second moments are kept together: factoring them takes the cube of it in time."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,17 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     return hessian + added[..., None, None] * torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
 
 
-def block_count(matrices: int, width: int) -> int:
-    """P: in how many blocks of a multiple of 32 the moments of `matrices` weights with rows of `width` are kept."""
+def block_count(width: int) -> int:
+    """P: in how many blocks of a multiple of 32 the moments of rows of `width` are kept."""
     groups = width // GROUP
-    fits = (p for p in range(1, groups + 1) if groups % p == 0 and 4 * matrices * width * width // p <= LARGEST_MATRIX)
-    return next(fits, groups)
+    return next((p for p in range(1, groups + 1) if groups % p == 0 and width // p <= LARGEST_BLOCK), 1)
 
 
 class MomentSums:
     """Sums that `Moments` are the means of, for a weight of G matrices with rows of K."""
 
     def __init__(self, matrices: int, width: int, device: torch.device, drift: bool) -> None:
-        blocks = block_count(matrices, width)
+        blocks = block_count(width)
         shape = matrices, blocks, width // blocks, width // blocks
         self._sums = [torch.zeros(shape, device=device) for _ in range(3 if drift else 1)]
         self._counts = torch.zeros(matrices, dtype=torch.float64)

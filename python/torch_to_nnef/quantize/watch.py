@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from torch_to_nnef.tensor.quant.base import QTensor
 
 if TYPE_CHECKING:
     from torch_to_nnef.quantize.targets import Target
     from torch_to_nnef.torch_internals import OpOverload
 
-aten = torch.ops.aten
 _MOST = 256 << 20  # bytes of the unfolded inputs of a convolution
 
 
@@ -35,22 +34,33 @@ class Watch(TorchDispatchMode):
         looked_up: Callable[[Target, torch.Tensor], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._by_storage = {
-            t.tensor.untyped_storage().data_ptr(): t for t in targets if not isinstance(t.tensor, QTensor)
-        }
+        self._by_storage: dict[int, list[Target]] = defaultdict(list)
+        for target in targets:
+            if _is_plain(target.tensor):
+                self._by_storage[target.tensor.untyped_storage().data_ptr()].append(target)
         self._multiplied, self._looked_up = multiplied, looked_up
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run `func`; if it reads a target, say with what."""
-        if (see := _SEEN.get(func)) is not None:
-            see(self, *args)
+        if (see := _SEEN.get(str(func.name()))) is not None:  # type: ignore[no-untyped-call]
+            see(self, *args, *[value for name, value in (kwargs or {}).items() if name == "offs"])
+        elif torch.is_inference_mode_enabled():  # where composed operators come whole
+            with self:
+                if (result := func.decompose(*args, **(kwargs or {}))) is not NotImplemented:
+                    return result
         return func(*args, **(kwargs or {}))
 
     def _target(self, tensor: Any) -> Target | None:
-        known = isinstance(tensor, torch.Tensor) and tensor.device.type != "meta"
-        return self._by_storage.get(tensor.untyped_storage().data_ptr()) if known else None
+        """The target whose values begin where those of `tensor` do, or lie around there."""
+        if not _is_plain(tensor):
+            return None
+        for target in self._by_storage.get(tensor.untyped_storage().data_ptr(), ()):
+            start = target.tensor.storage_offset()
+            if start <= tensor.storage_offset() < start + target.tensor.numel():
+                return target
+        return None
 
     def matrix(self, weight: torch.Tensor, x: torch.Tensor) -> None:
         """`weight` [N, K] or [E, N, K], a view of a target if it is one, times x [R, K] or [E, R, K]."""
@@ -59,9 +69,21 @@ class Watch(TorchDispatchMode):
         rows = target.tensor.mT if target.transposed else target.tensor
         if rows.dim() < 2 or weight.shape[-1] != rows.shape[-1] or weight.stride()[-2:] != rows.stride()[-2:]:
             return  # not the matrix itself: how it was used instead is not ours to learn from
-        offset = weight.storage_offset() - rows.storage_offset()
-        count, start = (len(rows), int(offset) // rows.stride(0)) if rows.dim() == 3 else (1, 0)
-        self._multiplied(target, x[:, None] if x.dim() == 2 else x.transpose(0, 1), start, count)
+        if rows.dim() == 2:
+            self._multiplied(target, x.reshape(-1, 1, x.shape[-1]), 0, 1)
+            return
+        start = int(weight.storage_offset() - rows.storage_offset()) // rows.stride(0)
+        self._multiplied(target, x[:, None] if x.dim() == 2 else x.transpose(0, 1), start, len(rows))
+
+    def grouped(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor | None = None, *_: Any) -> None:
+        """Rows [ends[e - 1], ends[e]) of x [R, K] times `weight` [E, K, N][e]."""
+        if ends is None:
+            return
+        start = 0
+        for matrix, end in zip(weight.mT, ends.tolist(), strict=True):
+            if end > start:
+                self.matrix(matrix, x[start:end])
+            start = end
 
     def convolution(
         self, weight: torch.Tensor, x: torch.Tensor, geometry: Sequence[Sequence[int]], groups: int
@@ -102,14 +124,24 @@ def _products(watch: Watch, a: torch.Tensor, b: torch.Tensor) -> None:
     watch.matrix(a, b.mT)
 
 
-_SEEN: Mapping[OpOverload, Callable[..., None]] = {
-    aten.mm.default: _products,
-    aten.bmm.default: _products,
-    aten.addmm.default: lambda watch, bias, a, b: _products(watch, a, b),
-    aten.baddbmm.default: lambda watch, bias, a, b: _products(watch, a, b),
-    aten.linear.default: lambda watch, x, weight, *bias: watch.matrix(weight, x.reshape(-1, x.shape[-1])),
-    aten.embedding.default: Watch.embedding,
-    aten.convolution.default: lambda watch, x, weight, bias, *geometry: (
+def _is_plain(tensor: Any) -> bool:
+    """Whether its values lie in a storage: not on meta, packed or on disk."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type != "meta"
+
+
+# By name, since not all of them are in every version of torch.
+_SEEN: Mapping[str, Callable[..., None]] = {
+    "aten::mm": _products,
+    "aten::bmm": _products,
+    "aten::mv": lambda watch, a, x: watch.matrix(a, x[None]),
+    "aten::addmm": lambda watch, bias, a, b: _products(watch, a, b),
+    "aten::baddbmm": lambda watch, bias, a, b: _products(watch, a, b),
+    "aten::addmv": lambda watch, bias, a, x: watch.matrix(a, x[None]),
+    "aten::linear": lambda watch, x, weight, *bias: watch.matrix(weight, x.reshape(-1, x.shape[-1])),
+    "aten::_grouped_mm": Watch.grouped,
+    "transformers::grouped_mm_fallback": Watch.grouped,
+    "aten::embedding": Watch.embedding,
+    "aten::convolution": lambda watch, x, weight, bias, *geometry: (
         None if geometry[3] else watch.convolution(weight, x, geometry[:3], geometry[5])
     ),
 }

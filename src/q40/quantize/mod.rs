@@ -271,4 +271,6 @@ impl Kernel for RoundTile<'_> {
 }
 
 #[cfg(test)]
+mod calibrated_tests;
+#[cfg(test)]
 mod tests;

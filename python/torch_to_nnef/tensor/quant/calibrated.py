@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import product
+from typing import NamedTuple
 
 import torch
 
@@ -64,7 +65,8 @@ def quantize_q40_hessian(
     Args:
         weight: Float [N, ...], seen as rows of K elements.
         hessian: [K, K] or [G, K, K], symmetric positive semidefinite: the mean of `x x^T` over inputs x [K] of rows
-            [i * N / G, (i + 1) * N / G). Any scale. Solved in f64 on the CPU.
+            [i * N / G, (i + 1) * N / G). Any scale. Solved in f64 on the CPU. [G, P, K / P, K / P]: only P blocks on the
+            diagonal of each.
         damping: Part of the mean of the diagonal that is added to it. Doubled, up to 1024 times, while the factorization
             fails.
         act_order: Round the columns with the largest diagonal first.
@@ -76,24 +78,30 @@ def quantize_q40_hessian(
         T2NErrorInvalidArgument: A Hessian that does not fit, is not finite or not positive semidefinite.
 
     """
-    stack = hessian.detach().unsqueeze(0) if hessian.dim() == 2 else hessian.detach()
-    rows = _rows(weight, stack.shape[-1], name)
-    n, k = rows.shape
-    if stack.dim() != 3 or stack.shape[1:] != (k, k) or not len(stack) or n % len(stack):
+    shapes = {2: (1, 1, *hessian.shape), 3: (len(hessian), 1, *hessian.shape[1:]), 4: hessian.shape}
+    matrices, parts, width, columns = shapes.get(hessian.dim(), (0, 0, 0, 0))
+    rows = _rows(weight, parts * width, name)
+    if width != columns or width % GROUP or not matrices or len(rows) % matrices:
         raise T2NErrorInvalidArgument(
-            f"Hessian of `{name}` must be [K, K] or [G, K, K], G dividing {n} rows: got {tuple(hessian.shape)}"
+            f"Hessian of `{name}` must be [K, K], [G, K, K] or [G, P, K / P, K / P], G dividing {len(rows)} rows: "
+            f"got {tuple(hessian.shape)}"
         )
+    stack = hessian.detach().reshape(matrices, parts, width, width)
     if not (0 <= damping < float("inf") and sweeps >= 0):
         raise T2NErrorInvalidArgument(f"damping and sweeps must not be negative: got {damping} and {sweeps}")
     codes, scales = _planes(rows)
-    parts = (plane.view(len(stack), -1) for plane in (codes, scales))
-    for part, h, part_codes, part_scales in zip(rows.view(len(stack), -1), stack, *parts, strict=True):
-        moments = _moments(h, damping, act_order, name)
+    by_part = [plane.view(matrices, -1, parts, plane.numel() // len(rows) // parts) for plane in (codes, scales)]
+    for matrix, part in product(range(matrices), range(parts)):
+        moments = _moments(stack[matrix, part], damping, act_order, name)
+        piece = rows.view(matrices, -1, parts, width)[matrix, :, part].contiguous()
+        planes = _planes(piece)
         _native.q40_quantize_hessian(
-            part.numpy(), k, _floats(moments.hessian), moments.ridge, _floats(moments.factor),
+            piece.numpy().reshape(-1), width, _floats(moments.hessian), moments.ridge, _floats(moments.factor),
             moments.order.to(torch.int32).numpy().view("uint32"), _floats(moments.importance), sweeps, name,
-            _bytes(part_codes), _bytes(part_scales),
+            *map(_bytes, planes),
         )  # fmt: skip
+        for whole, plane in zip(by_part, planes, strict=True):
+            whole[matrix, :, part] = plane.view(len(piece), -1)
     return _packed(codes, scales, weight, name)
 
 
@@ -111,16 +119,17 @@ def _moments(hessian: torch.Tensor, damping: float, act_order: bool, name: str) 
     h = hessian.to("cpu", torch.float64)
     if not bool(torch.isfinite(h).all()):
         raise T2NErrorInvalidArgument(f"the Hessian of `{name}` holds NaN or Inf: the calibration went wrong")
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean())
-    if mean <= 0:  # no input was ever other than zero: every element counts the same
-        h, mean = torch.eye(len(h), dtype=torch.float64), 1.0
+    identity = torch.eye(len(h), dtype=torch.float64)
+    if not bool(h.any()):  # no input was ever other than zero: every element counts the same
+        h = identity
+    if (mean := float(h.diagonal().mean())) <= 0:
+        raise T2NErrorInvalidArgument(f"the Hessian of `{name}` is not positive semidefinite: a diagonal of {mean:.3g}")
     # Relative to its mean, so that f32 holds what follows whatever the scale of the inputs.
     h = (h + h.T) / (2 * mean)
     order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h))
     ridge = max(damping, 1e-7)
     for _ in range(_DOUBLINGS + 1):
-        damped = h + ridge * torch.eye(len(h), dtype=torch.float64)
+        damped = h + ridge * identity
         # A = R R^T with R upper triangular is a Cholesky of the reversed matrix; U = R^-1 gives U^T U = A^-1.
         lower, failed = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
         if not failed:
@@ -130,7 +139,7 @@ def _moments(hessian: torch.Tensor, damping: float, act_order: bool, name: str) 
         raise T2NErrorInvalidArgument(
             f"the Hessian of `{name}` is not positive semidefinite, even with {ridge / 2:.3g} of its mean on the diagonal"
         )
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(h), dtype=torch.float64), upper=True)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     return _Moments(damped, ridge, factor, order, damped.diagonal())
 
 

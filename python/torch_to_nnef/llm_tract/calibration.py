@@ -1,0 +1,62 @@
+"""Data that methods learn from, as `LlmOptions` name it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from torch_to_nnef.compress import needs_calibration
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.llm_tract.families import vocabulary_of
+from torch_to_nnef.quantize.calibration import TEXT_WINDOW, Calibration, read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from torch_to_nnef.compress import Method
+    from torch_to_nnef.llm_tract.options import LlmOptions
+
+_NO_CACHE = {"use_cache": False}
+
+
+def check_calibration(options: LlmOptions, method: Method | None) -> None:
+    """Before anything is loaded. Raises `T2NErrorInvalidArgument` for data that is missing, or that the method does not learn from."""
+    data = options.calibration_text or options.calibration_npz
+    cache, key = options.calibration_cache, options.compression_method
+    parameters = inspect.signature(method).parameters if method is not None else {}
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    learns = method is not None and needs_calibration(method)
+    if learns and data is None and not (cache and cache.exists() and "calibration_cache" in parameters):
+        raise T2NErrorInvalidArgument(f"{key} learns from data: pass --calibration-text FILE or --calibration-npz FILE")
+    if data is not None and not (learns or takes_all or "calibration" in parameters):
+        raise T2NErrorInvalidArgument(f"{key or 'an export without compression'} learns from no calibration data")
+    if cache is not None and "calibration_cache" not in parameters:
+        raise T2NErrorInvalidArgument(f"{key or 'an export without compression'} takes no --calibration-cache")
+
+
+def calibration_of(
+    options: LlmOptions, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, context: int | None
+) -> Calibration | None:
+    """Batches `model` is called with, in windows of 512 tokens or `context` if that is less; None if `options` name no data.
+
+    Raises what `Calibration` does, and `T2NErrorInvalidArgument` for tokens that the model does not have.
+    """
+    if options.calibration_npz is not None:
+        calibration = Calibration.of_npz(options.calibration_npz, _NO_CACHE)
+    elif options.calibration_text is None:
+        return None
+    elif tokenizer is None:
+        raise T2NErrorInvalidArgument(
+            "a calibration text needs a tokenizer, and the model has none: pass --calibration-npz"
+        )
+    else:
+        calibration = Calibration.of_texts(
+            [read_text(options.calibration_text)], tokenizer, size=min(TEXT_WINDOW, context or TEXT_WINDOW),
+            most=options.calibration_tokens, arguments=_NO_CACHE,
+        )  # fmt: skip
+    count = vocabulary_of(model.config)
+    for batch in (*calibration.learn, *calibration.held_out):
+        ids = batch.kwargs.get("input_ids")
+        if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+            raise T2NErrorInvalidArgument(f"calibration: tokens must be in [0, {count}), some are not")
+    return calibration

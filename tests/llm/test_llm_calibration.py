@@ -1,0 +1,118 @@
+"""Data that methods of the command learn from: asked for before anything is loaded, read as the model reads it."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import TEXT, tiny_llama
+
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.llm_tract.calibration import check_calibration
+from torch_to_nnef.llm_tract.export import export_llm
+from torch_to_nnef.llm_tract.options import LlmOptions
+
+
+def learns(model, calibration=None, calibration_cache=None, **kw):
+    """Show what it was given."""
+    kw["seen"] = calibration
+
+
+def needs_none(model, selection=None):
+    """Learn nothing."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def options(checkpoint, folder, **given):
+    return LlmOptions(export_dirpath=folder, local_dir=checkpoint, **given)
+
+
+def test_a_text_becomes_windows_and_weights_are_judged_by_what_they_give(checkpoint, text, tmp_path):
+    given = {"compression_method": "q40_gptq", "calibration_text": text, "calibration_tokens": 96}
+    report = export_llm(options(checkpoint, tmp_path / "out", **given))
+    assert report.ok
+    packed = [row for row in report.rows if row.quantized]
+    assert len(packed) == len(report.rows) > 10
+    assert all(row.output_snr_db is None or row.output_snr_db > 10 for row in packed)
+
+
+def test_arrays_reach_the_model_without_a_cache(checkpoint, tmp_path, monkeypatch):
+    seen = []
+
+    def method(model, calibration=None, **_):
+        seen.extend((*calibration.learn, *calibration.held_out))
+
+    monkeypatch.setattr("torch_to_nnef.compress.DEFAULT_COMPRESSION", {"mine": method})
+    np.savez(tmp_path / "ids.npz", input_ids=np.arange(40, dtype=np.uint16).reshape(5, 8))
+    given = {"compression_method": "mine", "calibration_npz": tmp_path / "ids.npz", "no_verify": True}
+    export_llm(options(checkpoint, tmp_path / "out", **given))
+    assert [tuple(batch.kwargs["input_ids"].shape) for batch in seen] == [(1, 8)] * 5
+    assert all(batch.kwargs["use_cache"] is False for batch in seen)
+
+    np.savez(tmp_path / "ids.npz", input_ids=np.array([[1, 2, 320]]))
+    with pytest.raises(T2NErrorInvalidArgument, match=r"tokens must be in \[0, 320\)"):
+        export_llm(options(checkpoint, tmp_path / "other", **given))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("method", ["q40_gptq", "q40_imatrix", "q40_best"])
+def test_without_data_the_flags_are_named_before_anything_is_loaded(method, tmp_path):
+    with pytest.raises(T2NErrorInvalidArgument, match=f"{method} learns from data: pass --calibration-text FILE or"):
+        export_llm(LlmOptions(export_dirpath=tmp_path / "out", model_slug="no/such", compression_method=method))
+
+
+def test_data_that_nothing_learns_from_is_refused(text, tmp_path):
+    made = {"export_dirpath": tmp_path / "out", "model_slug": "no/such"}
+    with pytest.raises(T2NErrorInvalidArgument, match="an export without compression learns from no calibration data"):
+        check_calibration(LlmOptions(**made, calibration_text=text), None)
+    with pytest.raises(T2NErrorInvalidArgument, match="simple learns from no"):
+        check_calibration(LlmOptions(**made, calibration_text=text, compression_method="simple"), needs_none)
+    with pytest.raises(T2NErrorInvalidArgument, match="simple takes no --calibration-cache"):
+        check_calibration(LlmOptions(**made, calibration_cache=tmp_path, compression_method="simple"), needs_none)
+
+
+def test_a_cache_that_is_there_stands_for_data(text, tmp_path):
+    made = {"export_dirpath": tmp_path / "out", "model_slug": "no/such", "compression_method": "mine"}
+    check_calibration(LlmOptions(**made, calibration_cache=text), learns)
+    with pytest.raises(T2NErrorInvalidArgument, match="mine learns from data"):
+        check_calibration(LlmOptions(**made, calibration_cache=tmp_path / "none"), learns)
+
+
+def test_options_of_calibration_are_checked(text, tmp_path):
+    made = {"export_dirpath": tmp_path / "out", "model_slug": "no/such"}
+    with pytest.raises(T2NErrorInvalidArgument, match="not both"):
+        LlmOptions(**made, calibration_text=text, calibration_npz=text)
+    with pytest.raises(T2NErrorInvalidArgument, match="calibration_tokens: 1 is not a number from 2 on"):
+        LlmOptions(**made, calibration_tokens=1)
+    with pytest.raises(T2NErrorNotFoundFile, match="calibration_npz: .*none.npz does not exist"):
+        LlmOptions(**made, calibration_npz=tmp_path / "none.npz")
+    assert LlmOptions(**made, calibration_cache=tmp_path / "new").calibration_cache == tmp_path / "new"
+
+
+def test_windows_are_no_longer_than_the_context(checkpoint, text, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from torch_to_nnef.llm_tract.calibration import calibration_of
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    given = options(checkpoint, tmp_path / "out", calibration_text=text, calibration_tokens=100)
+    calibration = calibration_of(given, model, tokenizer, 32)
+    assert [batch.kwargs["input_ids"].shape[1] for batch in (*calibration.learn, *calibration.held_out)] == [
+        32,
+        32,
+        32,
+        4,
+    ]
+    with torch.no_grad():
+        calibration.learn[0](model)
+    with pytest.raises(T2NErrorInvalidArgument, match="the model has none: pass --calibration-npz"):
+        calibration_of(given, model, None, 32)
