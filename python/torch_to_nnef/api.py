@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from torch_to_nnef._native import __version__, tract_version
-from torch_to_nnef.compress import DEFAULT_COMPRESSION, Method, call_method, needs_calibration
+from torch_to_nnef.compress import DEFAULT_COMPRESSION, Choice, Method, needs_calibration
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, relower, staged
 from torch_to_nnef.graph.capture import eval_mode
@@ -27,7 +27,7 @@ from torch_to_nnef.nnef.writer import target_path, write_archive
 from torch_to_nnef.quantize.apply import Progress, row_of
 from torch_to_nnef.quantize.calibration import Calibration, as_calibration
 from torch_to_nnef.quantize.rows import TensorRow, recording
-from torch_to_nnef.quantize.targets import Filters, Selection, Target, as_filters
+from torch_to_nnef.quantize.targets import Filter, Filters, Selection, Target
 from torch_to_nnef.report import Report, Totals
 from torch_to_nnef.tensor.quant import QTensor
 from torch_to_nnef.tensor.updater import ModTensorUpdater
@@ -45,7 +45,8 @@ def quantize_and_verify(
     tokenizer: Any = None,
     include: Filters | None = None,
     exclude: Filters | None = None,
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[Filter, str] | None = None,
+    fallback: Literal["f16", "error"] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic_axes: DynamicAxes | None = None,
@@ -61,7 +62,8 @@ def quantize_and_verify(
     method: a key of `registry`, a callable with the registry's signature, or None to export and verify only.
     calibration: for methods that learn from data: batches of inputs, a `DataLoader`, the path of an `.npz` file, or texts with a
     `tokenizer` of transformers (see `as_calibration`). A method of yours gets it as it is given.
-    include, exclude: fqn globs, regexes or `(module, fqn) -> bool`; overrides: fqn pattern -> another key of `registry`.
+    include, exclude: fqn globs, regexes or `(module, fqn) -> bool`; overrides: filter -> another key of `registry`,
+        or `f16` or `f32`; the first that matches counts. fallback: what becomes of weights whose rows Q40 cannot hold (None: as they are).
     dynamic_axes: `{"input": {0: "B"}}`; added to those of `inference_target`.
     inplace: quantize `model` itself instead of a copy that shares the weights left in float.
     force: replace what is at `path`.
@@ -74,7 +76,8 @@ def quantize_and_verify(
     destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
-    if calibration is None and method is not None and needs_calibration(_lookup(method, registry)):
+    choice = Choice(method, registry, overrides or {}, fallback)
+    if calibration is None and any(map(needs_calibration, choice.methods)):
         as_calibration(None)  # raises
     original, model = model, eager(model)
     if inplace and model is not original:
@@ -96,7 +99,7 @@ def quantize_and_verify(
             selection = Selection(weight_uses(graph), include, exclude, find_folds(graph))
             data = as_calibration(calibration, tokenizer, work) if ours and calibration is not None else calibration
             extras = {"calibration": data, "tokenizer": tokenizer, "progress": progress}
-            work = _apply(work, _choices(method, registry, selection, overrides or {}), extras)
+            work = choice(work, selection, **extras)
         with steps("lower"):
             captured = captured.rebind(work)
             plan = relower(captured, to_graph(captured), type(model).__name__, target, naming)
@@ -134,31 +137,6 @@ def _target(target: TractNNEF | None, dynamic_axes: DynamicAxes | None) -> Tract
 
 def _name(method: str | Method | None) -> str | None:
     return method if method is None or isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-
-
-def _choices(
-    method: str | Method | None, registry: Mapping[str, Method], selection: Selection, overrides: Mapping[str, str]
-) -> list[tuple[Method, Selection]]:
-    """Which method on which weights: the main one on all but those with an override."""
-    others = [(_lookup(key, registry), replace(selection, include=pattern)) for pattern, key in overrides.items()]
-    if method is None:
-        return others
-    excluded = [*as_filters(selection.exclude or ()), *overrides]
-    return [(_lookup(method, registry), replace(selection, exclude=excluded or None)), *others]
-
-
-def _lookup(method: str | Method, registry: Mapping[str, Method]) -> Method:
-    if callable(method):
-        return method
-    if method not in registry:
-        raise T2NErrorInvalidArgument(f"no quantization method {method!r}; the registry has {sorted(registry)}")
-    return registry[method]
-
-
-def _apply(model: nn.Module, choices: Sequence[tuple[Method, Selection]], extras: Mapping[str, Any]) -> nn.Module:
-    for method, selection in choices:
-        model = call_method(method, model, selection=selection, **extras)
-    return model
 
 
 @contextmanager

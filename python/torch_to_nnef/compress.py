@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorImpossibleQuantization, T2NErrorInvalidArgument
 from torch_to_nnef.quantize.methods.awq import quantize_awq, quantize_awq_gptq
 from torch_to_nnef.quantize.methods.best import quantize_best
 from torch_to_nnef.quantize.methods.gptq import quantize_gptq
+from torch_to_nnef.quantize.methods.half import keep_half
 from torch_to_nnef.quantize.methods.imatrix import quantize_imatrix
 from torch_to_nnef.quantize.methods.min_max import quantize_min_max
 from torch_to_nnef.quantize.methods.scale_search import quantize_scale_search
-from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection
+from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection, Target, as_filters, find_targets
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QTensor
 
@@ -112,6 +114,8 @@ DEFAULT_COMPRESSION: dict[str, Method] = {
         quantize_weights_min_max_Q4_0, to_quantize_module_classes=DEFAULT_CLASSES, method="min_max_q4_0_all"
     ),
 }
+KEPT: dict[str, Method | None] = {"f16": keep_half, "f32": None}
+"""What an override can ask for beside the keys of a registry."""
 DEFAULT_COMPRESSION_REGISTRY = f"{__name__}.DEFAULT_COMPRESSION"
 
 
@@ -139,6 +143,74 @@ def needs_calibration(fn: Method) -> bool:
     """Whether a registry method learns from data: it has a parameter `calibration`, without a default or with None."""
     parameter = inspect.signature(fn).parameters.get("calibration")
     return parameter is not None and parameter.default in (None, inspect.Parameter.empty)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which method is applied to which weights.
+
+    method: a key of `registry`, a callable with the signature of its values, or None: weights stay as they are.
+    registry: name -> method. Beside its keys there are `f16` (`keep_half`) and `f32` (left as it is).
+    overrides: filter -> key; of several that match a weight, the first counts.
+    fallback: what becomes of weights with rows that Q40 cannot hold: None, they stay as they are; `f16`; or `error`.
+    """
+
+    method: str | Method | None
+    registry: Mapping[str, Method] = field(default_factory=lambda: DEFAULT_COMPRESSION)
+    overrides: Mapping[Any, str] = field(default_factory=dict)
+    fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `T2NErrorInvalidArgument` for keys that there are not."""
+        for key in (self.method, *self.overrides.values()):
+            if not callable(key) and key not in (*self.registry, *KEPT, None):
+                raise T2NErrorInvalidArgument(
+                    f"no quantization method {key!r}; the registry has {sorted(self.registry)}, beside f16 and f32"
+                )
+        if self.fallback not in (None, "f16", "error"):
+            raise T2NErrorInvalidArgument(f"fallback is None, 'f16' or 'error': got {self.fallback!r}")
+
+    def __call__(self, model: nn.Module, selection: Selection, **extras: Any) -> nn.Module:
+        """`model`, or what methods returned for it, after all were called; `extras` as `call_method` takes them.
+
+        Raises what methods raise; `T2NErrorImpossibleQuantization` for rows that Q40 cannot hold if `fallback` says so, before anything
+        is changed; `T2NErrorInvalidArgument` for an override that selects nothing.
+        """
+        if self.fallback == "error":
+            _refuse_rows(find_targets(model, DEFAULT_CLASSES, selection))
+        for pattern, key in self.overrides.items():
+            find_targets(model, DEFAULT_CLASSES, replace(selection, include=pattern))  # says that it selects nothing
+            if (method := self._of(key)) is not None:
+                model = call_method(method, model, selection=replace(selection, include=pattern), **extras)
+        excluded = [*as_filters(selection.exclude or ()), *self.overrides]
+        rest = replace(selection, exclude=excluded or None)
+        if (method := self._of(self.method)) is not None:
+            model = call_method(method, model, selection=rest, **extras)
+        if self.fallback == "f16":
+            wide = {t.places[0].fqn for t in find_targets(model, DEFAULT_CLASSES, rest) if t.has_wrong_rows}
+            if wide:
+                chosen = replace(rest, include=lambda module, fqn: fqn in wide)
+                model = call_method(keep_half, model, selection=chosen, **extras)
+        return model
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """All that are called."""
+        found = (self._of(key) for key in (self.method, *self.overrides.values()))
+        return tuple(method for method in found if method is not None)
+
+    def _of(self, key: str | Method | None) -> Method | None:
+        if key is None or callable(key):
+            return key
+        return self.registry[key] if key in self.registry else KEPT[key]
+
+
+def _refuse_rows(targets: Iterable[Target]) -> None:
+    wrong = [f"`{target.places[0].fqn}`: {target.reason}" for target in targets if target.has_wrong_rows]
+    if wrong:
+        raise T2NErrorImpossibleQuantization(
+            "weights that Q40 cannot hold; exclude them, or choose fallback='f16':\n  " + "\n  ".join(wrong)
+        )
 
 
 def call_method(

@@ -83,6 +83,8 @@ def test_texts_are_windows_with_the_special_tokens_of_each():
         [[1, 10, 11, 12, 2]], [[1, 13, 14, 15, 2]], [[1, 16, 17, 2]],
     ]  # fmt: skip
     assert batches[0].kwargs["input_ids"].dtype == torch.int64
+    short = Calibration.of_texts([" ".join("0" * 10)], Tokenizer())
+    assert [b.kwargs["input_ids"].shape[1] for b in (*short.learn, *short.held_out)] == [10, 4]
 
 
 def test_texts_from_files_and_for_language_models(tmp_path):

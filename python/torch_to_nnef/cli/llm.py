@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from torch_to_nnef.cli.outcome import Outcome, outcome
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.inference_target import TractCheckTolerance
-from torch_to_nnef.llm_tract.options import DirStruct, DtypeName, LlmOptions, NamingScheme
+from torch_to_nnef.llm_tract.options import DirStruct, DtypeName, Fallback, LlmOptions, NamingScheme
 
 _LIST, _ITSELF = "list", ""
 # Options that may stand without a value, and what that means.
@@ -83,6 +83,25 @@ def export_llm_to_tract(
         str,
         Option("--compression-registry", help="Mapping of methods as pkg.mod.NAME, found from the current folder too."),
     ] = LlmOptions.compression_registry,
+    tensor_type: Annotated[
+        list[str] | None,
+        Option(
+            "--tensor-type",
+            metavar="PATTERN=METHOD",
+            help="Weights that a pattern matches by another method, or kept in f16 or f32; repeat it, the first match counts. "
+            "A pattern is a glob on the name of a weight or its module, or a /regex/.",
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None, Option("--include", metavar="PATTERN", help="Compress only these weights; repeat it.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, Option("--exclude", metavar="PATTERN", help="Leave these weights; repeat it.")
+    ] = None,
+    fallback: Annotated[
+        Fallback | None,
+        Option("--fallback", help="Weights with rows that Q40 cannot hold: f16, error, or (default) as they are."),
+    ] = LlmOptions.fallback,
     calibration_text: Annotated[
         Path | None, Option("--calibration-text", help="Text file that methods learn from.")
     ] = LlmOptions.calibration_text,
@@ -199,6 +218,9 @@ def _run(given: dict[str, Any], as_json: bool) -> None:
 
 # Texts of the command line that are something else in `LlmOptions`.
 _READ: dict[str, Callable[[Any], Any]] = {
+    "tensor_type": lambda texts: tuple(texts or ()),
+    "include": lambda texts: tuple(texts or ()),
+    "exclude": lambda texts: tuple(texts or ()),
     "num_logits_to_keep": lambda text: int(text) if text.isdecimal() else text,
     "merge_peft": lambda text: text is not None and (text or True),
 }

@@ -11,6 +11,8 @@ from torch_to_nnef.llm_tract.families import vocabulary_of
 from torch_to_nnef.quantize.calibration import TEXT_WINDOW, Calibration, read_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from torch_to_nnef.compress import Method
@@ -19,15 +21,17 @@ if TYPE_CHECKING:
 _NO_CACHE = {"use_cache": False}
 
 
-def check_calibration(options: LlmOptions, method: Method | None) -> None:
-    """Before anything is loaded. Raises `T2NErrorInvalidArgument` for data that is missing, or that the method does not learn from."""
+def check_calibration(options: LlmOptions, methods: Sequence[Method]) -> None:
+    """Before anything is loaded. Raises `T2NErrorInvalidArgument` for data that is missing, or that no method learns from."""
     data = options.calibration_text or options.calibration_npz
     cache, key = options.calibration_cache, options.compression_method
-    parameters = inspect.signature(method).parameters if method is not None else {}
+    parameters = {name: p for method in methods for name, p in inspect.signature(method).parameters.items()}
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    learns = method is not None and needs_calibration(method)
+    learns = any(map(needs_calibration, methods))
     if learns and data is None and not (cache and cache.exists() and "calibration_cache" in parameters):
-        raise T2NErrorInvalidArgument(f"{key} learns from data: pass --calibration-text FILE or --calibration-npz FILE")
+        raise T2NErrorInvalidArgument(
+            f"{key or 'a method of --tensor-type'} learns from data: pass --calibration-text FILE or --calibration-npz FILE"
+        )
     if data is not None and not (learns or takes_all or "calibration" in parameters):
         raise T2NErrorInvalidArgument(f"{key or 'an export without compression'} learns from no calibration data")
     if cache is not None and "calibration_cache" not in parameters:

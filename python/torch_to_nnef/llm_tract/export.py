@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from torch_to_nnef._native import __version__, tract_version
-from torch_to_nnef.compress import Method, call_method, dynamic_load_registry
-from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIOPytorchTractNotISO
+from torch_to_nnef.compress import Choice, dynamic_load_registry
+from torch_to_nnef.exceptions import T2NError, T2NErrorIOPytorchTractNotISO
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, locate, relower
 from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.folds import find_folds
@@ -61,8 +61,8 @@ def export_llm(options: LlmOptions) -> LlmReport:
     The folder appears whole, or not at all if anything fails. Raises what `LlmOptions`, `Checkpoint`, `step_signature` and
     `export_model_to_nnef` raise; `T2NErrorIOPytorchTractNotISO` if tract's outputs, or the text it generates, are not torch's.
     """
-    method = _method(options)
-    check_calibration(options, method)
+    choice = _choice(options)
+    check_calibration(options, choice.methods)
     with replaced_folder(options) as layout:
         checkpoint = Checkpoint.find(options)
         trusted, cached = options.trust_remote_code, options.force_inputs_dtype
@@ -70,7 +70,7 @@ def export_llm(options: LlmOptions) -> LlmReport:
         work = _Work(options, checkpoint, replace(signature, cached=cached and cache_dtype(cached)))
         with work.steps("load"):
             work.load()
-        return work.export(method, layout)
+        return work.export(choice, layout)
 
 
 @dataclass
@@ -112,15 +112,15 @@ class _Work:
         dtype = DTYPES[asked] if asked else stored
         return torch.float32 if dtype is stored is torch.bfloat16 else dtype
 
-    def export(self, method: Method | None, layout: Layout) -> LlmReport:
+    def export(self, choice: Choice, layout: Layout) -> LlmReport:
         """From the loaded model to the files of `layout`."""
         original = Totals.of((), *_extent(self.model))
         with self._float_reference() as reference, recording() as rows, progress_bars() as bars:
             with self.steps("capture"):
                 captured, graph = self._capture()
             with self.steps("compress"):
-                if method is not None:
-                    captured, graph = self._compress(method, captured, graph, layout, bars("compress"))
+                if choice.methods:
+                    captured, graph = self._compress(choice, captured, graph, layout, bars("compress"))
             with self.steps("lower"):
                 target = self._target(rows)
                 plan = self._plan(captured, graph, target)
@@ -168,18 +168,18 @@ class _Work:
         return self.signature.sample(vocabulary_of(self.model.config), self.model.dtype)
 
     def _compress(
-        self, method: Method, captured: Captured, graph: Graph, layout: Layout, progress: Progress
+        self, choice: Choice, captured: Captured, graph: Graph, layout: Layout, progress: Progress
     ) -> tuple[Captured, Graph]:
-        """Apply `method`; the capture holds as long as the modules are the same ones, whatever their weights."""
+        """Apply `choice`; the capture holds as long as the modules are the same ones, whatever their weights."""
         before = _modules(self.model)
         options = self.options
-        self.model = call_method(
-            method,
+        uses, folds = weight_uses(graph), find_folds(graph, self.signature.carried_positions)
+        self.model = choice(
             self.model,
+            Selection(uses, options.include or None, options.exclude or None, folds),
             tokenizer=self.tokenizer,
             export_dirpath=layout.folder,
             local_dir=self.checkpoint.folder,
-            selection=Selection(uses=weight_uses(graph), folds=find_folds(graph, self.signature.carried_positions)),
             progress=progress,
             calibration=calibration_of(options, self.model, self.tokenizer, self.signature.context),
             calibration_cache=options.calibration_cache,
@@ -226,7 +226,7 @@ class _Work:
         if not found.generation.ok:
             raise T2NErrorIOPytorchTractNotISO(f"tract does not generate torch's text: {found.generation}")
         if reference is not None:
-            forms = [("quantized torch", in_torch, _extent(self.model)[1])] if self.options.compression_method else []
+            forms = [("quantized torch", in_torch, _extent(self.model)[1])] if self.options.compresses else []
             found.quality = reference.quality([*forms, ("archive in tract", in_tract, tract.weight_bytes)])
         return found
 
@@ -275,16 +275,10 @@ class _Findings:
     quality: Quality | None = None
 
 
-def _method(options: LlmOptions) -> Method | None:
+def _choice(options: LlmOptions) -> Choice:
     """Before anything is loaded. Raises `T2NErrorInvalidArgument` for a registry or a key that is not there."""
     registry = dynamic_load_registry(options.compression_registry)
-    if options.compression_method is None:
-        return None
-    if options.compression_method not in registry:
-        raise T2NErrorInvalidArgument(
-            f"no compression method {options.compression_method!r} in {options.compression_registry}; it has {', '.join(registry)}"
-        )
-    return registry[options.compression_method]
+    return Choice(options.compression_method, registry, options.overrides, options.fallback)
 
 
 def _modules(model: nn.Module) -> list[tuple[str, type[nn.Module]]]:

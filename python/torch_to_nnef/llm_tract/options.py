@@ -12,6 +12,7 @@ from torch_to_nnef.inference_target import TractCheckTolerance, TractNNEF
 DtypeName = Literal["f32", "f16", "bf16"]
 NamingScheme = Literal["raw", "natural_verbose", "natural_verbose_camel", "numeric"]
 DirStruct = Literal["deep", "flat"]
+Fallback = Literal["f16", "error"]
 DEFAULT_REGISTRY = "torch_to_nnef.compress.DEFAULT_COMPRESSION"
 
 
@@ -30,6 +31,9 @@ class LlmOptions:
     force_module_dtype: dtype to compute in; None: the checkpoint's own. force_inputs_dtype: dtype of the cache inputs; None: the same.
     compression_registry: `pkg.mod.NAME` of a mapping of methods, found from the current folder too. compression_method: a key of it;
     None: weights stay as they are.
+    tensor_type: `PATTERN=METHOD`: the weights that a pattern matches by another method, or kept in `f16` or `f32`; the first that matches
+    counts. include, exclude: patterns of the only weights, or of those not, to compress. A pattern is a glob on the name of a weight or of
+    its module, or a regex between slashes. fallback: what becomes of rows that Q40 cannot hold: they stay (None), `f16`, or `error`.
     calibration_text: a text file (UTF-8) to learn from, its first calibration_tokens tokens; calibration_npz: instead of it, arrays
     [samples, ...] by the names of the model's inputs, such as `input_ids`. calibration_cache: a file that keeps what was learned of the
     float model's inputs; one that is there already is read, and no data is needed.
@@ -57,6 +61,10 @@ class LlmOptions:
     force_inputs_dtype: DtypeName | None = None
     compression_registry: str = DEFAULT_REGISTRY
     compression_method: str | None = None
+    tensor_type: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    fallback: Fallback | None = None
     calibration_text: Path | None = None
     calibration_npz: Path | None = None
     calibration_cache: Path | None = None
@@ -98,6 +106,9 @@ class LlmOptions:
             raise T2NErrorInvalidArgument(
                 "calibration data is a text (calibration_text) or arrays (calibration_npz), not both"
             )
+        for text in self.tensor_type:
+            if not all(text.rpartition("=")[::2]):
+                raise T2NErrorInvalidArgument(f"tensor_type: {text!r} is not PATTERN=METHOD")
         if self.merge_peft == "":
             raise T2NErrorInvalidArgument("merge_peft: the name of an adapter is empty")
         object.__setattr__(self, "tract_check_io_tolerance", self.target().check_io_tolerance)
@@ -106,6 +117,20 @@ class LlmOptions:
     def logits(self) -> int | None:
         """`num_logits_to_keep` as `Signature` takes it."""
         return None if self.num_logits_to_keep == "dynamic" else self.num_logits_to_keep
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        """`tensor_type`: pattern -> method."""
+        chosen: dict[str, str] = {}
+        for text in self.tensor_type:
+            pattern, _, method = text.rpartition("=")
+            chosen.setdefault(pattern, method)
+        return chosen
+
+    @property
+    def compresses(self) -> bool:
+        """Whether any weight is to change."""
+        return self.compression_method is not None or bool(self.tensor_type)
 
     @property
     def source(self) -> str:
@@ -132,6 +157,7 @@ class LlmOptions:
 
 _READ = ("local_dir", "tract_specific_path", "eval_text", "calibration_text", "calibration_npz")
 _CHOICES = {
+    "fallback": (*get_args(Fallback), None),
     "force_module_dtype": (*get_args(DtypeName), None),
     "force_inputs_dtype": (*get_args(DtypeName), None),
     "naming_scheme": get_args(NamingScheme),

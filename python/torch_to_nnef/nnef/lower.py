@@ -18,7 +18,7 @@ from torch_to_nnef.op.dtypes import check_storable
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import table
 from torch_to_nnef.op.statement import Ref, Statement, Unavailable, Variable
-from torch_to_nnef.tensor.quant import QTensorTractTransposed
+from torch_to_nnef.tensor.quant import QTensorHalf, QTensorTractTransposed
 from torch_to_nnef.torch_internals import OpOverload, pytree
 
 
@@ -172,7 +172,11 @@ class _Lowering:
             fqn = self.first_fqn[id(tensor)]
             stored = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
             stored = stored.stored if isinstance(stored, QTensorTractTransposed) else stored
+            stored = stored.halves() if isinstance(stored, QTensorHalf) else stored
             self.variables[id(tensor)] = Variable(self.names.unique(fqn), fqn, stored)
+        if isinstance(tensor, QTensorHalf):
+            half = Ref(self.variables[id(tensor)].id, tuple(tensor.shape), torch.float16)
+            return self.emitter.cast(half, tensor.dtype)
         transposed = isinstance(tensor, QTensorTractTransposed)
         return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), tensor.dtype, fqn, transposed)
 

@@ -131,7 +131,7 @@ class Walk:
         self._learn = len(calibration.learn)
         batches = [batch.to(device) for batch in (*calibration.learn, *calibration.held_out)]
         self._batches, self._placed = batches, placed
-        self._order: Order = order_of(model, targets, batches[0])
+        self._order: Order = order_of(model, targets, batches)
         self._quantized = Replay(model, self._order.blocks, batches)
         self._exact = Replay(model, self._order.blocks, batches)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,11 +97,13 @@ class Calibration:
             ids += _tokens(tokenizer, text, add_special_tokens=False) if text.strip() else []
             if len(ids) >= most:
                 break
+        ids = ids[:most]
         step = max(1, size - len(before) - len(after))
-        windows = [ids[i : min(i + step, most)] for i in range(0, min(len(ids), most), step)]
-        whole = [
-            torch.tensor([[*before, *window, *after]]) for window in windows if len(window) > 1 or len(windows) == 1
-        ]
+        if len(ids) <= step:  # one window: a part of it is held out
+            step = max(1, math.ceil(len(ids) * (1 - 1 / _HELD_OUT)))
+        windows = [ids[i : i + step] for i in range(0, len(ids), step)]
+        told = [window for window in windows if len(window) > 1 or len(windows) == 1]
+        whole = [torch.tensor([[*before, *window, *after]]) for window in told]
         if not whole or whole[0].shape[1] < 2:
             raise T2NErrorInvalidArgument("calibration texts: at least two tokens are needed")
         return cls.of([Batch((), {"input_ids": window, **arguments}) for window in whole])

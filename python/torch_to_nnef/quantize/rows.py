@@ -71,9 +71,17 @@ def recording() -> Iterator[list[TensorRow]]:
 
 
 def record(row: TensorRow) -> None:
-    """Add a row to the recording in force; without one, nothing happens."""
-    if (rows := _rows.get()) is not None:
+    """Add a row to the recording in force; without one, nothing happens.
+
+    Of several for the same weight the first counts, or the first that says it is quantized.
+    """
+    if (rows := _rows.get()) is None:
+        return
+    index = next((i for i, known in enumerate(rows) if known.fqn == row.fqn), None)
+    if index is None:
         rows.append(row)
+    elif row.quantized and not rows[index].quantized:
+        rows[index] = row
 
 
 def weight_error(fp: torch.Tensor, q: QTensor) -> tuple[float, float]:

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.calibration import Batch
 from torch_to_nnef.quantize.targets import Target
 from torch_to_nnef.quantize.watch import Watch
 from torch_to_nnef.torch_internals import pytree
+
+_TOLERANCE = 1e-4  # of results that are computed twice, of their norm
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Stage:
     """Weights that read the same inputs, so that one sum over these serves them all.
 
     targets: in the order of their use. calls: how often each is used in a forward; 0 if that depends on the data (experts).
-    block: index of the block that uses them last; -1 before the first one, as many as there are behind the last.
+    block: index of the block that uses them last, or that comes next; -1 before the first one.
     """
 
     targets: tuple[Target, ...]
@@ -43,58 +46,123 @@ class _Enough(BaseException):  # not an Exception: nothing on the way may take i
     """Leaves a forward of which nothing more is needed."""
 
 
-def order_of(model: nn.Module, targets: Sequence[Target], batch: Batch) -> Order:
-    """Find out by running `model` on `batch` once."""
-    blocks = _longest_chain(model, targets)
-    at, called, uses = [-1], [], defaultdict[int, list[tuple[Any, int]]](list)
-    last: list[Any] = [None, 0]
-    sliced: set[int] = set()
-
-    def entered(index: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            called.append(index)
-            at[0] = index
-
-        return hook
-
-    def left(index: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            at[0] = index + 1 if index + 1 == len(blocks) else index
-
-        return hook
-
-    def multiplied(target: Target, x: torch.Tensor, start: int, count: int) -> None:
-        known, number = last
-        same = known is not None and _is_same(known, x)
-        last[:] = [x, number if same else number + 1]
-        uses[id(target.tensor)].append((last[1], at[0]))
-        if x.shape[1] < count:
-            sliced.add(id(target.tensor))
-
-    def looked_up(target: Target, indices: torch.Tensor) -> None:
-        last[:] = [None, last[1] + 1]
-        uses[id(target.tensor)].append((last[1], at[0]))
-
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            stack.callback(block.register_forward_pre_hook(entered(index)).remove)
-            stack.callback(block.register_forward_hook(left(index)).remove)
-        stack.enter_context(Watch(targets, multiplied, looked_up))
-        batch(model)
-    in_order = called == list(range(len(blocks)))
+def order_of(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> Order:
+    """Find out by running `model` on the first batch, and on others as long as there are weights that none used."""
+    chain = _longest_chain(model, targets)
+    trace = _Trace(chain)
+    result = trace.run(model, targets, batches[0])
+    at_first = dict(trace.uses)
+    follows = trace.entered == list(range(len(chain))) and all(map(trace.is_in_one_block, trace.uses.values()))
+    follows = follows and _is_chain(model, chain, batches[0], trace.outputs, result)
+    for batch in batches[1:]:
+        if not (missing := [target for target in targets if id(target.tensor) not in trace.uses]):
+            break
+        trace.run(model, missing, batch)
     groups = defaultdict[Any, list[Target]](list)
     for target in targets:
-        if seen := uses[id(target.tensor)]:
+        if seen := trace.uses.get(id(target.tensor)):
             groups[tuple(source for source, _ in seen)].append(target)
-    stages = [
-        Stage(
-            tuple(group),
-            0 if id(group[0].tensor) in sliced else len(sources),
-            uses[id(group[0].tensor)][-1][1] if in_order else 0,
-        )
-        for sources, group in sorted(groups.items(), key=lambda item: item[0][-1])
+    stages = []
+    for sources, group in groups.items():
+        first = id(group[0].tensor)
+        always = first in at_first and first not in trace.sliced
+        block = trace.uses[first][-1][1] if follows else 0
+        stages.append((block, sources[-1], Stage(tuple(group), len(sources) if always else 0, block)))
+    return Order(
+        chain if follows else (model,),
+        tuple(stage for *_, stage in sorted(stages, key=lambda entry: entry[:2])),
+        tuple(target for target in targets if id(target.tensor) not in trace.uses),
+    )
+
+
+class _Trace:
+    """What happens when a model runs.
+
+    uses: by the id of a weight, each use: the number of its inputs (the same for those that read the same), and the block it was in, or
+    before.
+    sliced: weights of which a part was used at a time. entered: indices of blocks as they began. outputs: their fingerprints.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = blocks
+        self._at = -1
+        self._last: tuple[torch.Tensor | None, int] = None, 0
+        self.uses: dict[int, list[tuple[int, int]]] = {}
+        self.sliced: set[int] = set()
+        self.entered: list[int] = []
+        self.outputs: list[Any] = []
+
+    def run(self, model: nn.Module, targets: Sequence[Target], batch: Batch) -> Any:
+        """The fingerprint of what `model` returns."""
+        self._at, self.entered, self.outputs = -1, [], []
+        with ExitStack() as stack:
+            for index, block in enumerate(self._blocks):
+                stack.callback(block.register_forward_pre_hook(self._enter(index)).remove)
+                stack.callback(block.register_forward_hook(self._leave(index)).remove)
+            stack.enter_context(Watch(targets, self._multiplied, self._looked_up))
+            return _fingerprint(batch(model))
+
+    def is_in_one_block(self, uses: Sequence[tuple[int, int]]) -> bool:
+        """Whether the last block of a weight is its only one; what is around all blocks is run with any of them."""
+        return {block for _, block in uses if 0 <= block < len(self._blocks)} <= {uses[-1][1]}
+
+    def _enter(self, index: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.entered.append(index)
+            self._at = index
+
+        return hook
+
+    def _leave(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.outputs.append(_fingerprint(output))
+            self._at = index + 1
+
+        return hook
+
+    def _multiplied(self, target: Target, x: torch.Tensor, start: int, count: int) -> None:
+        known, number = self._last
+        self._last = x, number if known is not None and _is_same(known, x) else number + 1
+        self.uses.setdefault(id(target.tensor), []).append((self._last[1], self._at))
+        if x.shape[1] < count:
+            self.sliced.add(id(target.tensor))
+
+    def _looked_up(self, target: Target, indices: torch.Tensor) -> None:
+        self._last = None, self._last[1] + 1
+        self.uses.setdefault(id(target.tensor), []).append((self._last[1], self._at))
+
+
+def _is_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, outputs: Sequence[Any], result: Any) -> bool:
+    """Whether each block needs of those before it only what the last one returned, and the rest of the model too.
+
+    Not so: branches, connections around blocks, caches that blocks share.
+    """
+    replay = Replay(model, blocks, [batch])
+    try:
+        for expected in outputs:
+            replay.advance()
+            if not _is_close(_fingerprint(replay.kept), expected):
+                return False
+        return _is_close(_fingerprint(replay.run(0, _nothing)), result)
+    except T2NErrorInvalidArgument:  # one that a block is missing for
+        return False
+
+
+def _fingerprint(output: Any) -> list[tuple[float, float]]:
+    """Sum and norm of each float tensor."""
+    leaves = [
+        leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
     ]
-    return Order(blocks if in_order else (model,), tuple(stages), tuple(t for t in targets if not uses[id(t.tensor)]))
+    return [
+        (float(x.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(x, dtype=torch.float64))) for x in leaves
+    ]
+
+
+def _is_close(found: Sequence[tuple[float, float]], expected: Sequence[tuple[float, float]]) -> bool:
+    def same(a: tuple[float, float], b: tuple[float, float]) -> bool:
+        return all(abs(x - y) <= _TOLERANCE * abs(b[1]) or x == y or x != x != y for x, y in zip(a, b, strict=True))
+
+    return len(found) == len(expected) and all(map(same, found, expected))
 
 
 def _longest_chain(model: nn.Module, targets: Sequence[Target]) -> tuple[nn.Module, ...]:
@@ -125,13 +193,22 @@ class Replay:
         self.at = 0
         """Index of the block that runs next."""
 
-    def run(self, index: int, watch: Callable[[Callable[[], None]], Any]) -> None:
-        """Run batch `index` inside of the context `watch(enough)`; calling `enough` ends it early."""
-        with _skipping(self._blocks[: self.at], self._kept and self._kept[index]), watch(_stop):
+    @property
+    def kept(self) -> list[Any]:
+        """What the last finished block returned, a value a batch."""
+        return self._kept or []
+
+    def run(self, index: int, watch: Callable[[Callable[[], None]], Any]) -> Any:
+        """Run batch `index` inside of the context `watch(enough)`; calling `enough` ends it early, as the end of the next block does.
+
+        Returns what the model returned, None if it ended early.
+        """
+        kept = self._kept[index] if self._kept is not None else None
+        with _skipping(self._blocks[: self.at], kept), _left_after(self._blocks[self.at : self.at + 1]), watch(_stop):
             try:
-                self._batches[index](self._model)
+                return self._batches[index](self._model)
             except _Enough:
-                return
+                return None
 
     def advance(self) -> None:
         """Finish the next block on all batches."""
@@ -139,12 +216,15 @@ class Replay:
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             kept.append(output)
-            raise _Enough
 
         handle = block.register_forward_hook(keep)
         try:
             for index in range(len(self._batches)):
                 self.run(index, _nothing)
+                if len(kept) != index + 1:
+                    raise T2NErrorInvalidArgument(
+                        f"calibration: batch {index} does not run the block {type(block).__name__} {self.at}, which others do"
+                    )
         finally:
             handle.remove()
         self._kept, self.at = kept, self.at + 1
@@ -157,6 +237,17 @@ def _stop() -> None:
 @contextmanager
 def _nothing(enough: Callable[[], None]) -> Iterator[None]:
     yield
+
+
+@contextmanager
+def _left_after(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Ends a forward when one of the blocks has returned."""
+    handles = [block.register_forward_hook(lambda *_: _stop()) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import nn
@@ -68,8 +69,8 @@ class Selection:
         exclude: Not weights that match.
         folds: Where the captured graph lets inputs of weights be scaled.
 
-    A filter is a glob (on the name of the weight or of its module), a compiled regex (searched in the name of the
-    weight), or a callable `(module, name of the weight) -> bool`; a list matches if one of its filters does.
+    A filter is a glob (on the name of the weight or of its module), a regex (compiled, or as text between slashes; searched in the
+    name of the weight), or a callable `(module, name of the weight) -> bool`; a list matches if one of its filters does.
 
     """
 
@@ -95,6 +96,17 @@ class Target:
     places: tuple[Place, ...]
     reason: str | None
     transposed: bool = False
+
+    @property
+    def has_wrong_rows(self) -> bool:
+        """Whether the shape alone is what Q40 cannot hold, of a weight in a use that it could have."""
+        return self.reason is not None and self.reason == q40_shape_reason(self.rows_shape)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor whose rows are divided into groups."""
+        shape = tuple(self.tensor.shape)
+        return (*shape[:-2], *reversed(shape[-2:])) if self.transposed else shape
 
     @property
     def nbytes(self) -> int:
@@ -207,6 +219,8 @@ def as_filters(filters: Filters) -> Iterator[Filter]:
 
 
 def _match_one(one: Filter, place: Place) -> bool:
+    if isinstance(one, str) and len(one) > 2 and one[0] == one[-1] == "/":
+        one = _compiled(one[1:-1])
     if isinstance(one, str):
         return fnmatchcase(place.fqn, one) or fnmatchcase(place.fqn.rpartition(".")[0], one)
     if isinstance(one, re.Pattern):
@@ -216,3 +230,11 @@ def _match_one(one: Filter, place: Place) -> bool:
             f"a filter is a glob, a compiled regex or a callable (module, name) -> bool: got {one!r}"
         )
     return bool(one(place.module, place.fqn))
+
+
+@cache
+def _compiled(regex: str) -> re.Pattern[str]:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise T2NErrorInvalidArgument(f"/{regex}/ is not a regex: {error}") from error

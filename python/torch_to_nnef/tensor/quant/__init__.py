@@ -4,6 +4,7 @@ import torch as _torch
 
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor, _build, stored_nbytes
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking, U8Compressor
+from torch_to_nnef.tensor.quant.half import F16, QTensorHalf, as_half
 from torch_to_nnef.tensor.quant.qtract import (
     QTensorTract,
     QTensorTractScaleOnly,
@@ -16,6 +17,7 @@ from torch_to_nnef.tensor.quant.qtract import (
 from torch_to_nnef.tensor.quant.serialize import load_safetensors, save_safetensors
 
 __all__ = [
+    "F16",
     "BitPacking",
     "Huffman",
     "Lzma",
@@ -23,10 +25,12 @@ __all__ = [
     "QScalePerGroupF16",
     "QScheme",
     "QTensor",
+    "QTensorHalf",
     "QTensorTract",
     "QTensorTractScaleOnly",
     "QTensorTractTransposed",
     "U8Compressor",
+    "as_half",
     "fp_to_tract_q4_0_with_min_max_calibration",
     "load_safetensors",
     "q40_shape_reason",
@@ -44,6 +48,8 @@ _torch.serialization.add_safe_globals(
         QTensor,
         QTensorTractScaleOnly,
         QTensorTractTransposed,
+        QTensorHalf,
+        F16,
         QScalePerGroupF16,
         NibblePacking,
         BitPacking,

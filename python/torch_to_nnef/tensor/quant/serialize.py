@@ -17,16 +17,19 @@ from safetensors.torch import save_file
 
 from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
-from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QTensor
+from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
+from torch_to_nnef.tensor.quant.half import F16, QTensorHalf
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _KEY = "torch_to_nnef"
-_CLASSES: dict[str, type[QTensor]] = {c.__name__: c for c in (QTensor, QTensorTractScaleOnly, QTensorTractTransposed)}
-_SCHEMES = {"QScalePerGroupF16": QScalePerGroupF16}
+_CLASSES: dict[str, type[QTensor]] = {
+    c.__name__: c for c in (QTensor, QTensorTractScaleOnly, QTensorTractTransposed, QTensorHalf)
+}
+_SCHEMES: dict[str, type[QScheme]] = {"QScalePerGroupF16": QScalePerGroupF16, "F16": F16}
 _COMPRESSORS = {c.__name__: c for c in (NibblePacking, BitPacking, Lzma, Huffman)}
 
 
