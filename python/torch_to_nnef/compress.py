@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorImpossibleQuantization, T2NErrorInvalidArgument
+from torch_to_nnef.quantize.methods.awq import quantize_awq, quantize_awq_gptq
 from torch_to_nnef.quantize.methods.best import quantize_best
 from torch_to_nnef.quantize.methods.gptq import quantize_gptq
 from torch_to_nnef.quantize.methods.half import keep_half
@@ -94,6 +95,8 @@ DEFAULT_COMPRESSION: dict[str, Method] = {
     "q40": quantize_weights_q40,
     "q40_imatrix": quantize_imatrix,
     "q40_gptq": quantize_gptq,
+    "q40_awq": quantize_awq,
+    "q40_awq_gptq": quantize_awq_gptq,
     "q40_best": quantize_best,
     "min_max_q4_0": quantize_weights_min_max_Q4_0,
     "min_max_q4_0_with_embeddings": partial(

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from torch_to_nnef.quantize.folds import Fold, Slices
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.activation import ActivationScaling
 from torch_to_nnef.quantize.calibrated import quantize_calibrated_
 from torch_to_nnef.quantize.calibration import Batch, Calibration
+from torch_to_nnef.quantize.folds import Fold, Slices
 from torch_to_nnef.quantize.rows import recording
 from torch_to_nnef.quantize.statistics import InputStatistics, Moments
 from torch_to_nnef.quantize.targets import Selection, Use, find_targets
@@ -88,7 +88,7 @@ def rows(reader, weight):
 def test_outliers_get_finer_steps(reader):
     model, fold, (target,), spread = net(reader)
     x = spread(inputs())
-    scaling, statistics = ActivationScaling(model, (fold,), [target], plain), known(reader, x)
+    scaling, statistics = ActivationScaling(model, (fold,), [target], plain, plain), known(reader, x)
     scaling.choose([target], statistics, {})
     scaled, now = scaling.scaled(target, statistics)
     before, after = rows(reader, target.tensor.detach()), rows(reader, scaled.tensor)
@@ -113,7 +113,7 @@ def test_outliers_get_finer_steps(reader):
 
 def test_inputs_of_one_size_are_left_alone():
     model, fold, targets, _ = net("linear")
-    scaling = ActivationScaling(model, (fold,), targets, plain)
+    scaling = ActivationScaling(model, (fold,), targets, plain, plain)
     scaling.choose(targets, known("linear", inputs(outliers=False)), {})
     assert scaling.chosen == []
 
@@ -123,7 +123,7 @@ def test_judged_by_inputs_that_were_held_out(agrees):
     """What was learned says that some channels are large; what was held out says so too, or that they are not."""
     model, fold, targets, _ = net("linear")
     x = inputs()
-    scaling = ActivationScaling(model, (fold,), targets, plain)
+    scaling = ActivationScaling(model, (fold,), targets, plain, plain)
     scaling.choose(targets, known("linear", x, x if agrees else x / x.square().mean(0).sqrt()), {})
     assert len(scaling.chosen) == agrees
 
@@ -132,7 +132,7 @@ def test_dead_channels_do_not_blow_up():
     model, fold, targets, _ = net("linear")
     x = inputs()
     x[:, :5] = 0
-    scaling = ActivationScaling(model, (fold,), targets, plain)
+    scaling = ActivationScaling(model, (fold,), targets, plain, plain)
     scaling.choose(targets, known("linear", x), {})
     ((_, factors),) = scaling.chosen
     assert bool(torch.isfinite(factors).all())
@@ -140,7 +140,7 @@ def test_dead_channels_do_not_blow_up():
 
 
 def chosen(model, folds, targets, now=slice(None), packed=()):
-    scaling = ActivationScaling(model, folds, targets, plain)
+    scaling = ActivationScaling(model, folds, targets, plain, plain)
     scaling.choose(targets[now], known("linear", inputs()), dict(packed))
     return scaling.chosen
 
@@ -148,7 +148,7 @@ def chosen(model, folds, targets, now=slice(None), packed=()):
 def test_folds_that_cannot_be_judged():
     model, fold, targets, _ = net("linear")
     assert chosen(model, (fold,), targets)
-    scaling = ActivationScaling(model, (fold,), targets, plain)
+    scaling = ActivationScaling(model, (fold,), targets, plain, plain)
     scaling.choose(targets, InputStatistics(Moments(frequency=torch.ones(N))), {})  # an embedding alone
     assert scaling.chosen == []
     # A reader whose channels are in another order has statistics of its own.

@@ -85,7 +85,7 @@ def test_factors_that_are_none(model, factors):
 def test_factors_beyond_the_dtype(model):
     model.half()
     old = list(model.parameters())
-    with pytest.raises(T2NErrorInvalidArgument, match="`2.weight`: a factor leaves the range of torch.float16"):
+    with pytest.raises(T2NErrorInvalidArgument, match=r"`2\.weight`: a factor leaves the range of torch\.float16"):
         apply_fold(model, FOLD, torch.full((8,), 1e6))
     assert all(a is b for a, b in zip(model.parameters(), old, strict=True))
 
@@ -102,7 +102,9 @@ def test_rows_of_packed_weights(transposed):
     assert type(new) is type(packed)
     # f16 has 11 bits.
     torch.testing.assert_close(new.decompress(), before * by, rtol=2**-11, atol=0)
-    assert torch.equal(rescaled(packed, Slices("w", int(transposed), CHANNELS), 2 * torch.ones(8)).decompress(), 2 * before)
+    assert torch.equal(
+        rescaled(packed, Slices("w", int(transposed), CHANNELS), 2 * torch.ones(8)).decompress(), 2 * before
+    )
 
 
 @pytest.mark.parametrize("factor", [1e-5, 1e6])

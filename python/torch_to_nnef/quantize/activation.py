@@ -34,20 +34,26 @@ _SMALLEST = 1e-2  # size of an input, of the mean: of dead channels nothing is k
 class ActivationScaling:
     """Chooses factors for the folds of a model whose weights are encoded one after the other.
 
+    search: a fast encoder, by which factors are chosen. encode: the one to come, which they have to be good for.
+
     The model keeps its own scale as long as it is walked through; `chosen` is applied in the end. Weights that were encoded before
     a fold that they produce for is chosen have their rows rescaled as they are: Q40 has the scale of a row in those of its groups.
     """
 
-    def __init__(self, model: nn.Module, folds: Sequence[Fold], wanted: Sequence[Target], encode: Encode) -> None:
+    def __init__(
+        self, model: nn.Module, folds: Sequence[Fold], wanted: Sequence[Target], search: Encode, encode: Encode
+    ) -> None:
         updater = ModTensorUpdater(model)
         self._held = {side.fqn: updater.get(side.fqn) for fold in folds for side in (*fold.producers, *fold.consumers)}
         self._wanted = {id(target.tensor): target for target in wanted}
         self._open = [fold for fold in folds if self._is_legal(fold)]
-        self._encode = encode
+        self._search, self._encode = search, encode
         self.chosen: list[tuple[Fold, Tensor]] = []
         self._reads: dict[int, tuple[Slices, Tensor]] = {}
 
-    def choose(self, targets: Iterable[Target], statistics: InputStatistics, packed: dict[int, QTensor]) -> None:
+    def choose(
+        self, targets: Iterable[Target], statistics: InputStatistics, packed: dict[int, QTensorTractScaleOnly]
+    ) -> None:
         """Decide on the folds that scale inputs of `targets`; `packed` are weights encoded so far, by the id of the float ones."""
         now = {id(target.tensor) for target in targets}
         for fold in [f for f in self._open if any(id(self._held[side.fqn]) in now for side in f.consumers)]:
@@ -59,7 +65,7 @@ class ActivationScaling:
             if not same or any(id(self._held[side.fqn]) not in packed for side in makers):
                 continue
             weights = [_Weight.of(self._rows(side), side, statistics) for side in readers]
-            factors = best_factors(weights, fold.channels, self._encode)
+            factors = best_factors(weights, fold.channels, self._search, self._encode)
             rescaling = (
                 {}
                 if factors is None
@@ -130,26 +136,27 @@ class _Weight:
     def some(self) -> _Weight:
         """Some rows of each of its matrices."""
         diagonal = self.statistics.learn.diagonal
-        groups = self.rows.unflatten(0, (1 if diagonal is None else len(diagonal), -1))
+        matrices = 1 if diagonal is None else len(diagonal)
+        groups = self.rows.reshape(matrices, -1, self.rows.shape[1])
         kept = torch.linspace(0, groups.shape[1] - 1, min(_ROWS, groups.shape[1])).long()
         return replace(self, rows=groups[:, kept].flatten(0, 1))
 
 
-def best_factors(weights: Sequence[_Weight], channels: int, encode: Encode) -> Tensor | None:
-    """Factors [channels] with which the weights lose the least when they are encoded; None if nothing is gained.
+def best_factors(weights: Sequence[_Weight], channels: int, search: Encode, encode: Encode) -> Tensor | None:
+    """Factors [channels] with which the weights lose the least when `search` encodes them; None if `encode` then gains nothing.
 
-    Judged by held-out inputs where there are some, on some rows, and in the end on all: never worse than no factors.
+    Judged by held-out inputs where there are some, on some rows of each weight.
     """
     sizes = _sizes(weights, channels)
     if sizes is None:
         return None
     some, ones = [weight.some() for weight in weights], torch.ones(channels)
     candidates = [ones, *(sizes**alpha for alpha in _ALPHAS)]
-    errors = [_error(some, factors, encode) for factors in candidates]
+    errors = [_error(some, factors, search) for factors in candidates]
     factors = candidates[min(range(len(errors)), key=errors.__getitem__)]
     if factors is ones:
         return None
-    return factors if _error(weights, factors, encode) < _error(weights, ones, encode) else None
+    return factors if _error(some, factors, encode) < _error(some, ones, encode) else None
 
 
 def _error(weights: Iterable[_Weight], factors: Tensor, encode: Encode) -> float:

@@ -22,7 +22,6 @@ from torch_to_nnef.quantize.statistics import InputStatistics, Moments, MomentSu
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
 from torch_to_nnef.quantize.watch import Watch
 from torch_to_nnef.tensor.offload import OffloadedTensor
-from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
 from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
@@ -62,7 +61,7 @@ def quantize_calibrated_(
         sequential: Inputs are those that the weights quantized before give; statistics then have the drift from the float model.
             Otherwise they are those of the float model.
         beside: Other parameters that take new values with the weights, by name.
-        scaling: Scale inputs where `selection.folds` lets them be (`ActivationScaling`); this encoder judges by how much.
+        scaling: Scale inputs where `selection.folds` lets them be (`ActivationScaling`); this fast encoder finds by how much.
 
     Raises:
         T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
@@ -73,13 +72,13 @@ def quantize_calibrated_(
     wanted = [target for target in targets if target.reason is None]
     if on_disk := [t.places[0].fqn for t in wanted if isinstance(t.tensor, OffloadedTensor)]:
         raise T2NErrorInvalidArgument(f"`{on_disk[0]}` is on disk: calibration runs the model, load it in memory first")
-    packed: dict[int, QTensor] = {}
+    packed: dict[int, QTensorTractScaleOnly] = {}
     notes: dict[int, tuple[float | None, float]] = {}
     done, total = 0, sum(target.nbytes for target in wanted)
     with running(model), _Placed(model, beside if sequential else {}) as placed:
         walk = Walk(model, wanted, calibration, placed if sequential else None)
         folds = selection.folds if selection and scaling else ()
-        scales = ActivationScaling(model, folds, wanted, scaling or encode)
+        scales = ActivationScaling(model, folds, wanted, scaling or encode, encode)
         for group in walk.groups():
             statistics = walk.statistics(group) if isinstance(group, Stage) else None
             if isinstance(group, Stage) and statistics is not None:
