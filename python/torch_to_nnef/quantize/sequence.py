@@ -120,7 +120,7 @@ class Replay:
     """A model that is run block by block on batches: what the last finished block returned is kept, a value a batch."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> None:
-        self._model, self._blocks, self._batches = model, blocks, batches
+        self._model, self._blocks, self.batches = model, blocks, batches
         self._kept: list[Any] | None = None
         self.at = 0
         """Index of the block that runs next."""
@@ -129,7 +129,7 @@ class Replay:
         """Run batch `index` inside of the context `watch(enough)`; calling `enough` ends it early."""
         with _skipping(self._blocks[: self.at], self._kept and self._kept[index]), watch(_stop):
             try:
-                self._batches[index](self._model)
+                self.batches[index](self._model)
             except _Enough:
                 return
 
@@ -143,7 +143,7 @@ class Replay:
 
         handle = block.register_forward_hook(keep)
         try:
-            for index in range(len(self._batches)):
+            for index in range(len(self.batches)):
                 self.run(index, _nothing)
         finally:
             handle.remove()
