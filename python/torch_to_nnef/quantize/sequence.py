@@ -188,7 +188,7 @@ class Replay:
     """A model that is run block by block on batches: what the last finished block returned is kept, a value a batch."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> None:
-        self._model, self._blocks, self._batches = model, blocks, batches
+        self._model, self._blocks, self.batches = model, blocks, batches
         self._kept: list[Any] | None = None
         self.at = 0
         """Index of the block that runs next."""
@@ -206,7 +206,7 @@ class Replay:
         kept = self._kept[index] if self._kept is not None else None
         with _skipping(self._blocks[: self.at], kept), _left_after(self._blocks[self.at : self.at + 1]), watch(_stop):
             try:
-                return self._batches[index](self._model)
+                return self.batches[index](self._model)
             except _Enough:
                 return None
 
@@ -219,7 +219,7 @@ class Replay:
 
         handle = block.register_forward_hook(keep)
         try:
-            for index in range(len(self._batches)):
+            for index in range(len(self.batches)):
                 self.run(index, _nothing)
                 if len(kept) != index + 1:
                     raise T2NErrorInvalidArgument(
