@@ -14,7 +14,7 @@ from torch_to_nnef._native import read_dat
 from torch_to_nnef.compress import DEFAULT_COMPRESSION
 from torch_to_nnef.exceptions import T2NErrorConsistency, T2NErrorImpossibleQuantization, T2NErrorInvalidArgument
 from torch_to_nnef.inference_target import TractNNEF
-from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly, quantize_q40
+from torch_to_nnef.tensor.quant import QScalePerGroupF16, QTensor, QTensorTract, QTensorTractScaleOnly, quantize_q40
 
 
 class Model(nn.Module):
@@ -288,6 +288,36 @@ def test_a_qtensor_subclass_writes_its_own_bytes(tmp_path):
     scales = blocks.reshape(4, 18)[:, :2].copy().view(np.float16).ravel()
     expected = plain.qscheme.scale.numpy().ravel() / 2
     assert np.allclose(np.abs(scales), np.abs(expected), rtol=2e-3)
+
+
+class Doubled(QTensorTractScaleOnly):
+    """The same by `write_dat` alone."""
+
+    def write_dat(self, path):
+        quantize_q40(self.decompress() * 2, "signed_extreme").write_dat(path)
+
+
+class TwoBits(QTensorTract):
+    """No Q40 itself, but written as it."""
+
+    def write_dat(self, path):
+        quantize_q40(self.decompress(), "signed_extreme").write_dat(path)
+
+
+def test_a_qtensor_subclass_may_refine_write_dat_alone(tmp_path):
+    layer = nn.Linear(32, 4, bias=False)
+    fp = layer.weight.detach()
+    plain = quantize_q40(fp, "signed_extreme")
+    for packed, factor in (
+        (Doubled(fp, plain.qscheme), 2),
+        (TwoBits(fp, QScalePerGroupF16(32, plain.qscheme.scale, 2)), 1),
+    ):
+        layer.weight = nn.Parameter(packed, requires_grad=False)
+        path = tmp_path / f"{type(packed).__name__}.nnef"
+        quantize_and_verify(layer, torch.randn(2, 32), path, None, inference_target=TractNNEF.latest(check_io=False))
+        _, _, blocks = read_dat(path / "weight.dat")
+        quantize_q40(packed.decompress() * factor, "signed_extreme").write_dat(tmp_path / "expected.dat")
+        assert np.array_equal(blocks, read_dat(tmp_path / "expected.dat")[2])
 
 
 def test_a_half_precision_model_in_q40(tmp_path):

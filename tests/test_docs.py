@@ -1,10 +1,16 @@
 """What the documentation says: its Python runs, its graph is the real one, the files, links and targets it names exist."""
 
+import contextlib
+import io
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from torch_to_nnef.cli.llm import app
 from torch_to_nnef.op.registry import OPS, table
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +25,9 @@ PAGES = [
         "docs/custom_operators.md",
         "docs/llm.md",
         "docs/llm_families.md",
+        "docs/calibration.md",
         "docs/quality.md",
+        "docs/tutorials/your_own_method.md",
     )
 ]
 IN_BACKTICKS = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/|[\w./-]+\.(?:py|pyi|rs|toml|md|html))`")
@@ -28,6 +36,53 @@ IN_BACKTICKS = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/|[\w./-]+\.(?:py|pyi|rs|toml|
 def blocks(language, page="README.md"):
     """Fenced blocks at the margin of a page, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run_tutorial(page, names):
+    """Run a page in the current folder. A block of Python that begins with `# name.py` is added to that file; a block of text behind
+    one that ran is what it printed, numbers to 5 %; a line of sh is a command of ours."""
+    printed = ""
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+        if language == "text":
+            same_but_for_rounding(printed, block)
+        elif language == "sh":
+            for command in filter(str.strip, block.splitlines()):
+                program, *args = shlex.split(command)
+                assert program == "t2n_export_llm_to_tract"
+                outcome = CliRunner().invoke(app, args)
+                assert outcome.exit_code == 0, (command, outcome.output, outcome.exception)
+        elif named := re.match(r"# (\w+)\.py\n", block):
+            with Path(f"{named[1]}.py").open("a") as file:
+                file.write(block)
+            sys.modules.pop(named[1], None)
+        else:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block, page, "exec"), names)
+            printed = out.getvalue()
+
+
+def same_but_for_rounding(printed, shown):
+    number = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+    assert number.sub("_", printed).split() == number.sub("_", shown).split(), f"printed:\n{printed}"
+    for real, said in zip(number.findall(printed), number.findall(shown), strict=True):
+        assert float(real) == pytest.approx(float(said), rel=0.05, abs=2e-3), f"printed:\n{printed}"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to be in, where modules are found too; they are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for module in tmp_path.glob("*.py"):
+        sys.modules.pop(module.stem, None)
+
+
+def test_tutorial_on_methods_runs(here):
+    names = {"__name__": "tutorial"}
+    run_tutorial("docs/tutorials/your_own_method.md", names)
+    assert names["report"].ok
+    assert {p.name for p in here.glob("out_*")} == {"out_searched", "out_ggml"}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +141,8 @@ def test_what_a_page_names_exists(page):
     text = page.read_text()
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     links = [page.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", prose)]
-    named = [ROOT / path for path in IN_BACKTICKS.findall(text)]
+    made = set(re.findall(r"^```python\n# (\w+\.py)$", text, re.MULTILINE))
+    named = [ROOT / path for path in IN_BACKTICKS.findall(text) if path not in made]
     assert [str(path) for path in links + named if not path.exists()] == []
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make ([a-z-]+)(?=`|  )", text)) <= set(targets)

@@ -24,6 +24,7 @@ from table import write_page
 from torch_to_nnef import export_model_to_nnef
 from torch_to_nnef.compress import DEFAULT_COMPRESSION, call_method
 from torch_to_nnef.export import captured_graph
+from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import prepare
 from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.quantize import Selection, quantize_
@@ -47,16 +48,18 @@ def abs_max(model, selection, **kw):
     )
 
 
-METHODS = {"abs_max": abs_max} | {
-    key: method for key, method in DEFAULT_COMPRESSION.items() if key == "min_max_q4_0_all" or key.startswith("q40")
+METHODS = {"abs_max": abs_max, "min_max_q4_0_all": DEFAULT_COMPRESSION["min_max_q4_0_all"]} | {
+    key: method for key, method in DEFAULT_COMPRESSION.items() if key.startswith("q40")
 }
 
 
 def measured(subject, method, verify):
     """Numbers of one method on one model."""
     step = subject.step(subject.model)
-    _, graph = captured_graph(step, prepare(step, subject.sample, subject.names.get("input_names"), _axes(subject)))
-    selection = Selection(uses=weight_uses(graph), **subject.asked)
+    _, graph = captured_graph(
+        step, prepare(step, subject.sample, subject.names.get("input_names"), subject.target.dynamic_axes)
+    )
+    selection = Selection(uses=weight_uses(graph), folds=find_folds(graph, subject.carried), **subject.asked)
     work, extras = copy.deepcopy(subject.model), {"calibration": list(subject.calibration), "selection": selection}
     with recording() as recorded:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -78,10 +81,6 @@ def _verified(subject, quantized):
     return True
 
 
-def _axes(subject):
-    return subject.target.dynamic_axes
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="(default: all)")
@@ -101,6 +100,7 @@ def main():
             began = time.perf_counter()
             rows[method] = measured(subject, METHODS[method], args.verify)
             entry["rows"] = rows = {key: rows[key] for key in METHODS if key in rows}
+            results = {key: results[key] for key in SUBJECTS if key in results}
             if args.json:
                 continue
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")

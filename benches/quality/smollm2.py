@@ -46,6 +46,7 @@ def _subject(title, columns, asked, tokens):
         sample=signature.sample(model.config.vocab_size, torch.float32),
         target=TractNNEF.latest(dynamic_axes=signature.dynamic_axes),
         names={"input_names": signature.input_names, "output_names": signature.output_names},
+        carried=signature.carried_positions,
         step=lambda copy: as_step(copy, signature),
         tokenizer=tokenizer,
     )

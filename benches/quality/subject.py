@@ -27,6 +27,7 @@ class Subject:
 
     asked: filters (`include` or `exclude`) of the weights that are quantized. calibration: batches no measure sees.
     measure: numbers of a quantized copy of the model, of names as in `columns`. step: the module that is exported, of such a copy.
+    carried: inputs of the step that are outputs of the one before, by position.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Subject:
     sample: tuple[Tensor, ...]
     target: TractNNEF
     names: Mapping[str, Sequence[str]]
+    carried: Mapping[int, int] = field(default_factory=dict)
     step: Callable[[nn.Module], nn.Module] = field(default=lambda model: model)
     tokenizer: Any = None
 

@@ -79,10 +79,15 @@ def _add_packed(writer: ArchiveWriter, label: str, tensor: QTensor, scratch: Pat
 
     Q40 planes as they are go straight in, without that file.
     """
-    if type(tensor).write_in_file is QTensorTractScaleOnly.write_in_file:
+    if isinstance(tensor, QTensorTractScaleOnly) and not _has_own_file(type(tensor)):
         codes, scales = tensor.planes()
         writer.add_q40(label, list(tensor.shape), raw_bytes(codes), raw_bytes(scales))
         return
     with tempfile.TemporaryDirectory(prefix=".t2n-", dir=scratch) as folder:
         tensor.write_in_file(folder, label)
         writer.add_dat_file(label, Path(folder) / f"{label}.dat")
+
+
+def _has_own_file(kind: type[QTensorTractScaleOnly]) -> bool:
+    ours = QTensorTractScaleOnly
+    return kind.write_in_file is not ours.write_in_file or kind.write_dat is not ours.write_dat
