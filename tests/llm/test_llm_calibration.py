@@ -93,7 +93,7 @@ def test_options_of_calibration_are_checked(text, tmp_path):
         LlmOptions(**made, calibration_text=text, calibration_npz=text)
     with pytest.raises(T2NErrorInvalidArgument, match="calibration_tokens: 1 is not a number from 2 on"):
         LlmOptions(**made, calibration_tokens=1)
-    with pytest.raises(T2NErrorNotFoundFile, match="calibration_npz: .*none.npz does not exist"):
+    with pytest.raises(T2NErrorNotFoundFile, match=r"calibration_npz: .*none\.npz does not exist"):
         LlmOptions(**made, calibration_npz=tmp_path / "none.npz")
     assert LlmOptions(**made, calibration_cache=tmp_path / "new").calibration_cache == tmp_path / "new"
 

@@ -161,5 +161,5 @@ def test_a_batch_that_the_model_does_not_take_is_told():
         T2NErrorInvalidArgument, match=r"Linear fails on a batch of argument 0 \[2, 5\], scale int: TypeErr"
     ):
         batch(nn.Linear(4, 4))
-    with pytest.raises(T2NErrorInvalidArgument, match="RuntimeError: .*mat1 and mat2"):
+    with pytest.raises(T2NErrorInvalidArgument, match=r"RuntimeError: .*mat1 and mat2"):
         Batch((torch.ones(2, 5),), {})(nn.Linear(4, 4))
