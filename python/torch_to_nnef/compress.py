@@ -178,11 +178,13 @@ class Choice:
         """
         if self.fallback == "error":
             _refuse_rows(find_targets(model, DEFAULT_CLASSES, selection))
+        excluded = [*as_filters(selection.exclude or ())]
         for pattern, key in self.overrides.items():
-            find_targets(model, DEFAULT_CLASSES, replace(selection, include=pattern))  # says that it selects nothing
+            chosen = replace(selection, include=pattern, exclude=[*excluded] or None)
+            find_targets(model, DEFAULT_CLASSES, chosen)  # says that it selects nothing
             if (method := self._of(key)) is not None:
-                model = call_method(method, model, selection=replace(selection, include=pattern), **extras)
-        excluded = [*as_filters(selection.exclude or ()), *self.overrides]
+                model = call_method(method, model, selection=chosen, **extras)
+            excluded.append(pattern)
         rest = replace(selection, exclude=excluded or None)
         if (method := self._of(self.method)) is not None:
             model = call_method(method, model, selection=rest, **extras)
