@@ -289,13 +289,16 @@ class _Placed:
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients, and with attention spelled out: its fused form hides what weights are multiplied with."""
+    """In eval mode, without gradients, and with attention and LSTMs spelled out: fused, they hide what weights are multiplied with."""
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     fused = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
         torch.backends.mha.set_fastpath_enabled(False)
+        if any(isinstance(module, nn.LSTM) for module in model.modules()):
+            fused_lstm, *_ = torch.backends.mkldnn.set_flags(_enabled=False)  # type: ignore[no-untyped-call]
+            stack.callback(torch.backends.mkldnn.set_flags, fused_lstm)
         model.eval()
         try:
             yield

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
-from torch_to_nnef.quantize.calibration import Calibration, as_calibration
+from torch_to_nnef.quantize.calibration import Calibration, as_calibration, opened_npz
 from torch_to_nnef.quantize.sequence import Replay, Stage, order_of
 from torch_to_nnef.quantize.statistics import InputStatistics, InputSums, Moments
 from torch_to_nnef.quantize.targets import Target
@@ -100,10 +100,11 @@ class StatisticsFile:
         """`model` and `calibration`: digests; a calibration of None may be any."""
         self._path = path
         try:
-            about = json.loads(str(self._load("about")))
-            known = about.pop("format"), about["model"], about["calibration"], about["stages"], about["unused"]
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise self._refused("is no calibration cache", error) from error
+            with opened_npz(path) as file:
+                about = json.loads(str(file["about"]))
+            known = about["format"], about["model"], about["calibration"], about["stages"], about["unused"]
+        except (KeyError, TypeError, json.JSONDecodeError, T2NErrorInvalidArgument) as error:
+            raise self._refused(f"is no calibration cache ({error})") from error
         version, of_model, of_calibration, stages, unused = known
         if version != _FORMAT:
             raise self._refused(f"is of format {version}, not {_FORMAT}")
@@ -134,7 +135,7 @@ class StatisticsFile:
         return None if learn is None else InputStatistics(learn, held_out)
 
     def _moments(self, prefix: str) -> Moments | None:
-        with self._open() as file:
+        with opened_npz(self._path) as file:
             found = {
                 field.name: torch.from_numpy(file[prefix + field.name])
                 for field in fields(Moments)
@@ -142,21 +143,8 @@ class StatisticsFile:
             }
         return Moments(**found) if found else None
 
-    def _load(self, name: str) -> Any:
-        with self._open() as file:
-            return file[name]
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        try:
-            with np.load(self._path, allow_pickle=False) as file:
-                yield file
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise self._refused("cannot be read as a calibration cache", error) from error
-
-    def _refused(self, why: str, error: Exception | None = None) -> T2NErrorInvalidArgument:
-        detail = f" ({type(error).__name__}: {error})" if error else ""
-        return T2NErrorInvalidArgument(f"{str(self._path)!r} {why}{detail}: delete it, or name another file")
+    def _refused(self, why: str) -> T2NErrorInvalidArgument:
+        return T2NErrorInvalidArgument(f"{str(self._path)!r} {why}: delete it, or name another file")
 
 
 def cached(
