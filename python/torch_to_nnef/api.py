@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef._native import __version__, tract_version
-from torch_to_nnef.compress import DEFAULT_COMPRESSION, Choice, Method, needs_calibration
+from torch_to_nnef.compress import DEFAULT_COMPRESSION, Choice, Method, needs_calibration, takes
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, relower, staged
 from torch_to_nnef.graph.capture import eval_mode
@@ -43,6 +43,7 @@ def quantize_and_verify(
     *,
     calibration: Calibration | Iterable[Any] | Path | None = None,
     tokenizer: Any = None,
+    calibration_cache: Path | None = None,
     include: Filters | None = None,
     exclude: Filters | None = None,
     overrides: Mapping[Filter, str] | None = None,
@@ -62,6 +63,8 @@ def quantize_and_verify(
     method: a key of `registry`, a callable with the registry's signature, or None to export and verify only.
     calibration: for methods that learn from data: batches of inputs, a `DataLoader`, the path of an `.npz` file, or texts with a
     `tokenizer` of transformers (see `as_calibration`). A method of yours gets it as it is given.
+    calibration_cache: a file that keeps what was learned of the float model, for methods that take one; if it is there, it is read, and no
+    calibration is needed.
     include, exclude: fqn globs, regexes or `(module, fqn) -> bool`; overrides: filter -> another key of `registry`,
         or `f16` or `f32`; the first that matches counts. fallback: what becomes of weights whose rows Q40 cannot hold (None: as they are).
     dynamic_axes: `{"input": {0: "B"}}`; added to those of `inference_target`.
@@ -77,7 +80,10 @@ def quantize_and_verify(
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
     choice = Choice(method, registry, overrides or {}, fallback)
-    if calibration is None and any(map(needs_calibration, choice.methods)):
+    reads_cache = calibration_cache is not None and any(takes(m, "calibration_cache") for m in choice.methods)
+    if calibration_cache is not None and not reads_cache:
+        raise T2NErrorInvalidArgument(f"{_name(method)} takes no calibration_cache")
+    if calibration is None and not reads_cache and any(map(needs_calibration, choice.methods)):
         as_calibration(None)  # raises
     original, model = model, eager(model)
     if inplace and model is not original:
@@ -98,7 +104,12 @@ def quantize_and_verify(
         with steps("quantize"):
             selection = Selection(weight_uses(graph), include, exclude, find_folds(graph))
             data = as_calibration(calibration, tokenizer, work) if ours and calibration is not None else calibration
-            extras = {"calibration": data, "tokenizer": tokenizer, "progress": progress}
+            extras = {
+                "calibration": data,
+                "calibration_cache": calibration_cache,
+                "tokenizer": tokenizer,
+                "progress": progress,
+            }
             work = choice(work, selection, **extras)
         with steps("lower"):
             captured = captured.rebind(work)

@@ -139,6 +139,11 @@ def dynamic_load_registry(path: str) -> Mapping[str, Method]:
     return registry
 
 
+def takes(fn: Method, name: str) -> bool:
+    """Whether a registry method has a parameter of that name."""
+    return name in inspect.signature(fn).parameters
+
+
 def needs_calibration(fn: Method) -> bool:
     """Whether a registry method learns from data: it has a parameter `calibration`, without a default or with None."""
     parameter = inspect.signature(fn).parameters.get("calibration")

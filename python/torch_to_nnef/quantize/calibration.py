@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -121,11 +122,8 @@ class Calibration:
         """
         if not path.is_file():
             raise T2NErrorNotFoundFile(f"no calibration data at {str(path)!r}")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise T2NErrorInvalidArgument(f"{str(path)!r} is not an .npz file of plain arrays: {error}") from error
+        with opened_npz(path) as file:
+            arrays = {name: file[name] for name in file}
         counts = {array.shape[0] if array.ndim else None for array in arrays.values()}
         if len(counts) != 1 or not (count := counts.pop()):
             shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "none"
@@ -177,6 +175,18 @@ def as_calibration(
             (i if isinstance(i, str) else read_text(i) for i in items), tokenizer, arguments=others
         )
     return Calibration.of([_batch(item, model) for item in items])
+
+
+@contextmanager
+def opened_npz(path: Path) -> Iterator[Mapping[str, np.ndarray[Any, Any]]]:
+    """The arrays of an `.npz` file, read as they are asked for. Raises `T2NErrorInvalidArgument` if it has none, or other objects."""
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            yield file
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        if isinstance(error, T2NError):
+            raise
+        raise T2NErrorInvalidArgument(f"{str(path)!r} is not an .npz file of plain arrays: {error}") from error
 
 
 def read_text(path: Path) -> str:
