@@ -62,6 +62,11 @@ class Calibration:
     learn: tuple[Batch, ...]
     held_out: tuple[Batch, ...] = ()
 
+    @property
+    def judge(self) -> tuple[Batch, ...]:
+        """Batches to judge by: those held out; without any, those learned from."""
+        return self.held_out or self.learn
+
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Calibration:
         """Every fifth batch is held out; of two to four, the last; of one, a fifth of its samples (first axis), if it has two."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from torch_to_nnef.quantize.apply import put_packed, row_of
 from torch_to_nnef.quantize.targets import Selection, find_targets
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QTensor
-from torch_to_nnef.tensor.quant.half import as_half
+from torch_to_nnef.tensor.quant.half import WIDE, as_half
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 
     from torch_to_nnef.quantize.apply import Progress
 
-_WIDE = (torch.float32, torch.float64)
 
 
 def keep_half(
@@ -46,7 +43,7 @@ def keep_half(
     for index, target in enumerate(targets):
         excluded = target.reason is not None and target.reason.startswith("excluded")
         read = target
-        if target.tensor.dtype in _WIDE and not excluded and not isinstance(target.tensor, QTensor):
+        if target.tensor.dtype in WIDE and not excluded and not isinstance(target.tensor, QTensor):
             if progress:
                 progress(index, len(targets), target.places[0].fqn)
             read = replace(target, tensor=loaded(target.tensor.detach()), reason=None)

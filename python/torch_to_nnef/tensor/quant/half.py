@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from torch_to_nnef.tensor.quant.compressors import U8Compressor
 
+WIDE = (torch.float32, torch.float64)
+"""Dtypes of weights that f16 makes smaller."""
+
 
 @dataclass(frozen=True)
 class F16(QScheme):
