@@ -26,7 +26,7 @@ from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.nnef.writer import target_path, write_archive
 from torch_to_nnef.quantize.apply import Progress, row_of
 from torch_to_nnef.quantize.budget import Budget
-from torch_to_nnef.quantize.calibration import Calibration, as_calibration
+from torch_to_nnef.quantize.calibration import Calibration, as_batch, as_calibration
 from torch_to_nnef.quantize.rows import TensorRow, recording
 from torch_to_nnef.quantize.targets import Filter, Filters, Selection, Target
 from torch_to_nnef.report import Report, Totals
@@ -105,7 +105,7 @@ def quantize_and_verify(
             selection = Selection(weight_uses(graph), include, exclude, find_folds(graph))
             data = as_calibration(calibration, tokenizer, work) if ours and calibration is not None else calibration
             extras = {"calibration": data, "tokenizer": tokenizer, "progress": progress}
-            judged_on = data.judge if isinstance(data, Calibration) else as_calibration([args]).learn
+            judged_on = data.judge if isinstance(data, Calibration) else (as_batch(args, work),)
             work = choice(work, selection, judged_on, **extras)
         with steps("lower"):
             captured = captured.rebind(work)

@@ -102,7 +102,9 @@ def test_rows_of_packed_weights(transposed):
     assert type(new) is type(packed)
     # f16 has 11 bits.
     torch.testing.assert_close(new.decompress(), before * by, rtol=2**-11, atol=0)
-    assert torch.equal(rescaled(packed, Slices("w", int(transposed), CHANNELS), 2 * torch.ones(8)).decompress(), 2 * before)
+    assert torch.equal(
+        rescaled(packed, Slices("w", int(transposed), CHANNELS), 2 * torch.ones(8)).decompress(), 2 * before
+    )
 
 
 @pytest.mark.parametrize("factor", [1e-5, 1e6])

@@ -97,7 +97,9 @@ def _fitting(order: Sequence[TensorCost], most: float) -> Sequence[TensorCost]:
     nbytes = sum(cost.nbytes for cost in order)
     room = int(most * elements / 8) - nbytes
     if room < 0:
-        raise T2NErrorInvalidArgument(f"target_bpw={most}: packed weights have {8 * nbytes / elements:.2f} bits already")
+        raise T2NErrorInvalidArgument(
+            f"target_bpw={most}: packed weights have {8 * nbytes / elements:.2f} bits already"
+        )
     kept = []
     for cost in order:
         if cost.added <= room and cost.cost > 0:

@@ -106,4 +106,3 @@ def _held(places: Sequence[Place], values: torch.Tensor) -> Iterator[None]:
     finally:
         for place, old in zip(places, olds, strict=True):
             place.put(old)  # type: ignore[arg-type]
-

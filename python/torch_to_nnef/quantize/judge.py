@@ -33,7 +33,9 @@ class Judge:
         says_logits = all(_logits(output) is not None for output in outputs)
         self._exact = [_floats(output) for output in outputs]
         if not all(self._exact) or not all(bool(t.isfinite().all()) for tensors in self._exact for t in tensors):
-            raise T2NErrorInvalidArgument(f"{type(model).__name__}: its outputs on the calibration are no finite floats")
+            raise T2NErrorInvalidArgument(
+                f"{type(model).__name__}: its outputs on the calibration are no finite floats"
+            )
         as_kl = says_logits or all(_are_probabilities(tensors[0]) for tensors in self._exact)
         self.measure: Measure = measure or ("kl" if as_kl else "error")
 

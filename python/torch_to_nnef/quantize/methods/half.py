@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch_to_nnef.quantize.apply import Progress
 
 
-
 def keep_half(
     model: nn.Module,
     to_quantize_module_classes: Sequence[type[nn.Module]] | None = None,
