@@ -25,7 +25,8 @@ from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.nnef.writer import target_path, write_archive
 from torch_to_nnef.quantize.apply import Progress, row_of
-from torch_to_nnef.quantize.calibration import Calibration, as_calibration
+from torch_to_nnef.quantize.budget import Budget
+from torch_to_nnef.quantize.calibration import Calibration, as_batch, as_calibration
 from torch_to_nnef.quantize.rows import TensorRow, recording
 from torch_to_nnef.quantize.targets import Filter, Filters, Selection, Target
 from torch_to_nnef.report import Report, Totals
@@ -48,6 +49,8 @@ def quantize_and_verify(
     exclude: Filters | None = None,
     overrides: Mapping[Filter, str] | None = None,
     fallback: Literal["f16", "error"] | None = None,
+    target_bpw: float | None = None,
+    max_kl: float | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic_axes: DynamicAxes | None = None,
@@ -67,6 +70,9 @@ def quantize_and_verify(
     calibration is needed.
     include, exclude: fqn globs, regexes or `(module, fqn) -> bool`; overrides: filter -> another key of `registry`,
         or `f16` or `f32`; the first that matches counts. fallback: what becomes of weights whose rows Q40 cannot hold (None: as they are).
+    target_bpw: most bits a weight on average, over those that are packed otherwise; max_kl: most KL(float || quantized) of the outputs, as
+        logits or probabilities along their last axis. What costs most for its bytes stays in f16; measured on held-out calibration data,
+        or on `args`.
     dynamic_axes: `{"input": {0: "B"}}`; added to those of `inference_target`.
     inplace: quantize `model` itself instead of a copy that shares the weights left in float.
     force: replace what is at `path`.
@@ -79,7 +85,7 @@ def quantize_and_verify(
     destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
-    choice = Choice(method, registry, overrides or {}, fallback)
+    choice = Choice(method, registry, overrides or {}, fallback, Budget(target_bpw, max_kl))
     reads_cache = calibration_cache is not None and any(takes(m, "calibration_cache") for m in choice.methods)
     if calibration_cache is not None and not reads_cache:
         raise T2NErrorInvalidArgument(f"{_name(method)} takes no calibration_cache")
@@ -110,7 +116,8 @@ def quantize_and_verify(
                 "tokenizer": tokenizer,
                 "progress": progress,
             }
-            work = choice(work, selection, **extras)
+            judged_on = data.judge if isinstance(data, Calibration) else (as_batch(args, work),)
+            work = choice(work, selection, judged_on, **extras)
         with steps("lower"):
             captured = captured.rebind(work)
             plan = relower(captured, to_graph(captured), type(model).__name__, target, naming)

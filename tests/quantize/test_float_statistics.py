@@ -168,7 +168,9 @@ def test_files_that_are_no_cache_are_refused(tmp_path):
     np.save(tmp_path / "array.npy", np.ones(3))
     (tmp_path / "folder").mkdir()
     for name in ("0", "1", "2", "3", "damaged", "other.npz", "format.npz", "list.npz", "array.npy", "folder"):
-        with pytest.raises(T2NErrorInvalidArgument, match=f"{name}' (is no calibration cache|is not an .npz|is of format)"):
+        with pytest.raises(
+            T2NErrorInvalidArgument, match=f"{name}' (is no calibration cache|is not an .npz|is of format)"
+        ):
             found(Net(), cache=tmp_path / name)
 
 

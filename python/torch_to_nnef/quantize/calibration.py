@@ -63,6 +63,11 @@ class Calibration:
     learn: tuple[Batch, ...]
     held_out: tuple[Batch, ...] = ()
 
+    @property
+    def judge(self) -> tuple[Batch, ...]:
+        """Batches to judge by: those held out; without any, those learned from."""
+        return self.held_out or self.learn
+
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Calibration:
         """Every fifth batch is held out; of two to four, the last; of one, a fifth of its samples (first axis), if it has two."""
@@ -174,7 +179,7 @@ def as_calibration(
         return Calibration.of_texts(
             (i if isinstance(i, str) else read_text(i) for i in items), tokenizer, arguments=others
         )
-    return Calibration.of([_batch(item, model) for item in items])
+    return Calibration.of([as_batch(item, model) for item in items])
 
 
 @contextmanager
@@ -199,7 +204,8 @@ def read_text(path: Path) -> str:
         raise T2NErrorInvalidArgument(f"calibration text {str(path)!r} is not UTF-8: {error}") from error
 
 
-def _batch(item: Any, model: nn.Module | None) -> Batch:
+def as_batch(item: Any, model: nn.Module | None = None) -> Batch:
+    """A tensor, a tuple or list of positional or a dict of keyword arguments. Raises `T2NErrorInvalidArgument` for anything else."""
     if isinstance(item, Batch):
         return item
     if isinstance(item, torch.Tensor):

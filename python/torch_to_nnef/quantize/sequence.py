@@ -223,6 +223,14 @@ class Replay:
             except _Enough:
                 return None
 
+    def outputs(self) -> list[Any]:
+        """What the model returns on each batch, its weights being now what they are from the next block on."""
+        found = []
+        for index, batch in enumerate(self._batches):
+            with _skipping(self._blocks[: self.at], self._kept[index] if self._kept is not None else None):
+                found.append(batch(self._model))
+        return found
+
     def advance(self) -> None:
         """Finish the next block on all batches."""
         block, kept = self._blocks[self.at], []
