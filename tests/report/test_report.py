@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import math
@@ -234,7 +235,103 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     assert "secret" not in source
     for expected in ("K is 50", "nine is too many", "verified", "1.2 MB", words.QUANTIZATION_TITLE):
         assert expected in text
-    assert text.index("poor.weight") < text.index("good.weight")
+    table = text[text.index(words.WEIGHTS_TITLE) :]
+    assert table.index("poor.weight") < table.index("good.weight")
+
+
+def measured(fqn, snr_db, output_snr_db, method="q40_gptq", bins=2000):
+    """A row with all that a calibrated method records."""
+    codes, values = tuple(range(16)), (*range(31), bins)
+    return dataclasses.replace(
+        row(fqn, snr_db=snr_db), method=method, output_snr_db=output_snr_db, seconds=0.5, code_counts=codes, weight_counts=values,
+        min_max_snr_db=18.0, min_max_output_snr_db=15.0,
+    )  # fmt: skip
+
+
+def test_charts_have_a_mark_for_every_weight_and_say_its_numbers():
+    rows = tuple(measured(f"layers.{i}.{kind}.weight", 20 + i, 30 - i) for i in range(5) for kind in ("q_proj", "<up>"))
+    tags = parsed(report(rows=(*rows, row("skipped", quantized=False, reason="no")))._repr_html_())
+    text = "".join(tags.text)
+    assert tags.seen.count("circle") == 10
+    assert tags.seen.count("rect") == (32 + 16) * 4  # all together, and the three worst
+    assert "layers.3.<up>.weight: 27.0 dB" in text
+    assert [value for name, value in tags.attributes if name == "class" and value in ("h0", "h1")].count(
+        "h1"
+    ) == 6  # with the legend
+    assert "1.2 MB" in text
+    places = [(float(x), float(y)) for x, y in zip(*(
+        [value for name, value in tags.attributes if name == axis] for axis in ("cx", "cy")
+    ), strict=True)]  # fmt: skip
+    assert all(0 <= x <= 960 and 0 <= y <= 260 for x, y in places)
+    assert [x for x, _ in places] == sorted(x for x, _ in places)
+    assert places[0][1] < places[-1][1]  # less error is higher
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, None])
+def test_errors_that_are_no_numbers_have_no_mark(value):
+    rows = (measured("a.weight", 20.0, value), measured("b.weight", 20.0, 12.0))
+    expected = 2 if value is None else 1  # then the weight's own
+    assert parsed(report(rows=rows)._repr_html_()).seen.count("circle") == expected
+
+
+def test_what_was_gained_against_min_max_is_a_mean_over_each_kind():
+    rows = (
+        measured("0.q.weight", 20.0, 25.0), measured("1.q.weight", 22.0, 26.0), measured("0.up.weight", 19.0, None),
+        row("plain.weight"),
+    )  # fmt: skip
+    assert words.gains(rows) == [
+        ("q", "2", "18.0", "21.0", "+3.0", "15.0", "25.5", "+10.5"),
+        ("up", "1", "18.0", "19.0", "+1.0", "", "", ""),
+        ("all", "3", "18.0", "20.3", "+2.3", "15.0", "25.5", "+10.5"),
+    ]
+    assert words.gains((measured("a.weight", 18.0, None, "min_max_q4_0"),)) == []
+    assert words.GAIN_TITLE not in str(report())
+    assert words.GAIN_TITLE in str(report(rows=rows))
+
+
+def test_columns_that_say_nothing_are_left_out():
+    assert "method" not in words.weights_table(report().rows)[0]
+    header, cells, numbers = words.weights_table((measured("a", 20.0, 25.0), measured("b", 20.0, None, "q40")))
+    assert header == (
+        "tensor",
+        "module",
+        "shape",
+        "stored",
+        "method",
+        "bits",
+        "SNR dB",
+        "error",
+        "output dB",
+        "seconds",
+    )
+    assert [line[4] for line in cells] == ["q40_gptq", "q40"]
+    assert [line[8] for line in cells] == ["25.0", ""]
+    assert set(numbers) == {"bits", "SNR dB", "error", "output dB", "seconds"}
+
+
+def test_markdown_has_whole_tables_and_no_markup_of_others(tmp_path):
+    path = tmp_path / "report.md"
+    rows = (
+        measured("a|b_c.weight", 20.0, 25.0),
+        measured("d.weight", 20.0, 12.0),
+        row(HOSTILE, quantized=False, reason="K is 50"),
+    )
+    report(rows=rows, model="<img>*x*").to_markdown(path)
+    source = path.read_text(encoding="utf-8")
+    assert "\\<img\\>\\*x\\*" in source
+    assert "<script>" not in source
+    assert "a\\|b\\_c.weight" in source
+    lines = source.splitlines()
+    for index, line in enumerate(lines):
+        if line.startswith("| ---"):
+            columns, at = line.count(" | "), index - 1
+            while at < len(lines) and lines[at].startswith("|"):
+                assert len(re.findall(r"(?<!\\)\|", lines[at])) - 2 == columns
+                at += 1
+    table = source[source.index(words.WEIGHTS_TITLE) :]
+    assert table.index("d.weight") < table.index("a\\|b")
+    for title in (words.GAIN_TITLE, words.SKIPPED_TITLE, "Similarity", "Time"):
+        assert f"## {title}" in source
 
 
 def test_bars_are_as_long_as_their_snr():

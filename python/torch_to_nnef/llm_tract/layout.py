@@ -99,6 +99,11 @@ class Layout:
         return self.folder / "report.html"
 
     @property
+    def report_markdown(self) -> Path:
+        """`Report.to_markdown`."""
+        return self.folder / "report.md"
+
+    @property
     def card(self) -> Path:
         """The model card."""
         return self.folder / "README.md"
@@ -136,6 +141,7 @@ class Layout:
         self.modes.write_text(json.dumps({**modes, "files": files}, indent=2) + "\n", encoding="utf-8")
         report.to_json(self.report_json)
         report.to_html(self.report_html)
+        report.to_markdown(self.report_markdown)
         self.card.write_text(card, encoding="utf-8")
 
     def _in(self, kind: str) -> Path:
@@ -235,7 +241,15 @@ _OURS = frozenset(
     path
     for layout in (Layout(Path(), "deep"), Layout(Path(), "flat"))
     for path in (
-        *(layout.archive, layout.config, layout.modes, layout.report_json, layout.report_html, layout.card),
+        *(
+            layout.archive,
+            layout.config,
+            layout.modes,
+            layout.report_json,
+            layout.report_html,
+            layout.report_markdown,
+            layout.card,
+        ),
         *(layout.test(scenario, side) for scenario in SCENARIOS for side in ("inputs", "outputs")),
         *(layout.tokenizer / name for name in _TOKENIZER_FILES),
     )

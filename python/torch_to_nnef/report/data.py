@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch_to_nnef.report import html, terminal
+from torch_to_nnef.report import html, markdown, terminal
 from torch_to_nnef.report.files import write_text
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ class Report:
     def to_html(self, path: str | PathLike[str]) -> None:
         """Write one self-contained page to `path`, as `to_json` does."""
         write_text(Path(path), html.page(self))
+
+    def to_markdown(self, path: str | PathLike[str]) -> None:
+        """Write Markdown to `path`, as `to_json` does."""
+        write_text(Path(path), markdown.page(self))
 
     def __str__(self) -> str:
         return terminal.text(self)

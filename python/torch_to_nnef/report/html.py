@@ -8,7 +8,7 @@ from math import isfinite
 from string import Template
 from typing import TYPE_CHECKING
 
-from torch_to_nnef.report import words
+from torch_to_nnef.report import charts, words
 
 if TYPE_CHECKING:
     from torch_to_nnef.quantize.rows import TensorRow
@@ -41,6 +41,7 @@ def fragment(report: "Report") -> str:
         facts="".join(f"<div><dt>{escape(n)}</dt><dd>{escape(v)}</dd></div>" for n, v in words.facts(report)),
         comparisons=_comparisons(report),
         weights=_weights(report.rows),
+        charts=_charts(report.rows),
         skipped=_skipped(report.rows),
         sections="".join(_section(s.title, "", _table(s.header, s.rows)) for s in report.sections),
         steps=_steps(report),
@@ -73,19 +74,44 @@ def _weights(rows: "Sequence[TensorRow]") -> str:
     quantized = words.by_snr(rows)
     if not quantized:
         return ""
-    longest = max((r.snr_db for r in quantized if r.snr_db is not None and isfinite(r.snr_db)), default=0.0)
-    body = "".join(_weight(row, longest) for row in quantized)
-    names = words.WEIGHTS_HEADER
-    header = "".join(f"<th{_kind(i, 4)}>{escape(name)}</th>" for i, name in enumerate(names)) + "<th></th>"
+    longest = max((db for r in quantized if (db := _shown(r)) is not None and isfinite(db)), default=0.0)
+    names, cells, numbers = words.weights_table(quantized)
+    kinds = [" class=n" if name in numbers else "" for name in names]
+    body = "".join(_weight(row, texts, kinds, longest) for row, texts in zip(quantized, cells, strict=True))
+    header = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(names, kinds, strict=True)) + "<th></th>"
     table = f"<div class=wide><table class=full><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
-    return _section(words.WEIGHTS_TITLE, words.WEIGHTS_NOTE, table)
+    note = f"{words.WEIGHTS_NOTE} {words.OUTPUTS_NOTE}" if "output dB" in names else words.WEIGHTS_NOTE
+    return _section(words.WEIGHTS_TITLE, note, table)
 
 
-def _weight(row: "TensorRow", longest: float) -> str:
-    cells = words.weight_cells(row)
-    columns = "".join(f"<td{_kind(i, 4)}>{escape(cell)}</td>" for i, cell in enumerate(cells))
-    share = min(max(row.snr_db or 0.0, 0.0) / max(longest, 1.0), 1.0)
+def _weight(row: "TensorRow", cells: Sequence[str], kinds: Sequence[str], longest: float) -> str:
+    columns = "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(cells, kinds, strict=True))
+    share = min(max(_shown(row) or 0.0, 0.0) / max(longest, 1.0), 1.0)
     return f'<tr>{columns}<td class=bar><i style="width:{share:.1%}"></i></td></tr>'
+
+
+def _shown(row: "TensorRow") -> float | None:
+    return row.snr_db if row.output_snr_db is None else row.output_snr_db
+
+
+def _charts(rows: "Sequence[TensorRow]") -> str:
+    quantized = [row for row in rows if row.quantized]
+    parts = []
+    if compared := words.gains(rows):
+        parts.append(_section(words.GAIN_TITLE, words.GAIN_NOTE, _table(words.GAIN_HEADER, compared, numbers_from=1)))
+    if len(quantized) > 1 and (chart := charts.by_depth(quantized)):
+        note = words.OUTPUTS_NOTE if any(row.output_snr_db is not None for row in quantized) else ""
+        parts.append(
+            _section(words.DEPTH_TITLE, f"{words.DEPTH_NOTE} {note}".strip(), f"<div class=wide>{chart}</div>")
+        )
+    if together := charts.histograms(quantized):
+        worst = words.by_snr(quantized)[:3] if len(quantized) > 1 else ()
+        several = "".join(
+            f"<h3>{escape(row.fqn)}</h3><div class=figures>{charts.histograms([row])}</div>" for row in worst
+        )
+        content = f"<div class=figures>{together}</div>{several}"
+        parts.append(_section(words.HISTOGRAMS_TITLE, words.HISTOGRAMS_NOTE, content))
+    return "".join(parts)
 
 
 def _skipped(rows: "Sequence[TensorRow]") -> str:

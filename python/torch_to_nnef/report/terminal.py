@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch_to_nnef.verify import Comparison
 
 _PLAIN_WIDTH = 100
-_NARROW = 120  # columns below which the module classes are left out
+_NARROW = 120  # columns below which some are left out
+_WIDE = ("module", "method", "seconds")
 _VERDICT_STYLE = {"verified": "bold green", "mismatch": "bold red", "not verified": "bold yellow"}
 
 
@@ -55,21 +56,18 @@ def view(report: "Report", width: int) -> Iterator[RenderableType]:
 
 
 def _weights(report: "Report", width: int) -> Iterator[RenderableType]:
-    rows = [words.weight_cells(row) for row in words.by_snr(report.rows)]
-    header = words.WEIGHTS_HEADER
-    if width < _NARROW:
-        header, rows = _without_module(header), [_without_module(row) for row in rows]
+    header, rows, numbers = words.weights_table(words.by_snr(report.rows))
+    kept = [i for i, name in enumerate(header) if width >= _NARROW or name not in _WIDE]
+    header, rows = tuple(header[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
     if rows:
-        yield from _titled(
-            words.WEIGHTS_TITLE, words.WEIGHTS_NOTE, _filled(header, rows, right=("bits", "SNR dB", "error"))
-        )
+        note = f"{words.WEIGHTS_NOTE} {words.OUTPUTS_NOTE}" if "output dB" in header else words.WEIGHTS_NOTE
+        yield from _titled(words.WEIGHTS_TITLE, note, _filled(header, rows, right=numbers))
+    if compared := words.gains(report.rows):
+        cells = compared if width >= _NARROW else compared[-1:]
+        yield from _titled(words.GAIN_TITLE, "", _filled(words.GAIN_HEADER, cells, right=words.GAIN_HEADER[1:]))
     skipped = [(row.fqn, row.reason or "") for row in report.rows if not row.quantized]
     if skipped:
         yield from _titled(words.SKIPPED_TITLE, "", _filled(("tensor", "why"), skipped))
-
-
-def _without_module(cells: tuple[str, ...]) -> tuple[str, ...]:
-    return (cells[0], *cells[2:])
 
 
 def _comparison(

@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
+from torch_to_nnef.report import charts
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -24,10 +26,35 @@ WEIGHTS_NOTE = (
     "SNR compares the stored weights with the originals: higher is better, and 6 dB more is half the error. "
     "Error is the same as a share of the weights' own size (relative RMSE). Worst first."
 )
+OUTPUTS_NOTE = (
+    "Output SNR compares what a weight computes for inputs held out of the calibration, as the weights before it give them, with what it "
+    "computes in the float model: the error that matters. Methods that learn from data raise it, often at the cost of the weight's own SNR."
+)
+DEPTH_TITLE = "Error by depth"
+DEPTH_NOTE = "Each weight in the order of the model; higher is better."
+HISTOGRAMS_TITLE = "Where weights and codes lie"
+HISTOGRAMS_NOTE = (
+    "Weights in units of the root mean square of their tensor; codes are what multiplies the scale of a group. All packed weights "
+    "together (large ones by a sample of their rows), then the three with the most error."
+)
+GAIN_TITLE = "Against plain min-max"
+GAIN_NOTE = (
+    "The same weights in the same bytes, with scales of the extreme of each group over -8 (ggml's Q4_0). "
+    "Means over the weights of a kind."
+)
+GAIN_HEADER: tuple[str, ...] = (
+    "kind",
+    "weights",
+    "min-max dB",
+    "this dB",
+    "gain",
+    "min-max output dB",
+    "this output dB",
+    "gain",
+)
 SKIPPED_TITLE = "Asked for, but left as they were"
 STEPS_TITLE = "Time"
 
-WEIGHTS_HEADER: tuple[str, ...] = ("tensor", "module", "shape", "stored", "bits", "SNR dB", "error")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 COMPARISON_HEADER: tuple[str, ...] = ("sizes", "output", "max error", "RMSE", "cosine", "SNR dB", "outside")
 
@@ -73,23 +100,58 @@ def facts(report: "Report") -> list[tuple[str, str]]:
 
 
 def by_snr(rows: "Sequence[TensorRow]") -> "list[TensorRow]":
-    """Sort the quantized rows, worst SNR first, unmeasured ones last."""
-    return sorted((r for r in rows if r.quantized), key=lambda r: (math.inf if r.snr_db is None else r.snr_db, r.fqn))
+    """Sort the quantized rows, worst SNR first (of outputs, where they are known), unmeasured ones last."""
+
+    def key(row: "TensorRow") -> tuple[float, str]:
+        value = row.snr_db if row.output_snr_db is None else row.output_snr_db
+        return math.inf if value is None else value, row.fqn
+
+    return sorted((row for row in rows if row.quantized), key=key)
 
 
-def weight_cells(row: "TensorRow") -> tuple[str, ...]:
-    """Cells under `WEIGHTS_HEADER`."""
-    error = "" if row.relative_rmse is None else f"{row.relative_rmse:.1%}"
-    shape = "x".join(map(str, row.shape))
-    return (
-        row.fqn,
-        row.module_class,
-        shape,
-        f"{row.dtype} → {row.storage}",
-        f"{row.bits_per_weight:g}",
-        _db(row.snr_db),
-        error,
-    )
+def weights_table(rows: "Sequence[TensorRow]") -> "tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]]":
+    """Header, cells and the names of the columns of numbers, for `rows`; columns that would be empty, or all the same, are left out."""
+    columns: dict[str, tuple[str, ...]] = {
+        "tensor": tuple(row.fqn for row in rows),
+        "module": tuple(row.module_class for row in rows),
+        "shape": tuple("x".join(map(str, row.shape)) for row in rows),
+        "stored": tuple(f"{row.dtype} → {row.storage}" for row in rows),
+        "method": tuple(row.method or "" for row in rows),
+        "bits": tuple(f"{row.bits_per_weight:g}" for row in rows),
+        "SNR dB": tuple(_db(row.snr_db) for row in rows),
+        "error": tuple("" if row.relative_rmse is None else f"{row.relative_rmse:.1%}" for row in rows),
+        "output dB": tuple(_db(row.output_snr_db) for row in rows),
+        "seconds": tuple("" if row.seconds is None else f"{row.seconds:.2f}" for row in rows),
+    }
+    optional = {"method": 2, "output dB": 1, "seconds": 1}
+    kept = {n: c for n, c in columns.items() if len({*c} - {""} if n != "method" else {*c}) >= optional.get(n, 0)}
+    numbers = tuple(name for name in kept if name in ("bits", "SNR dB", "error", "output dB", "seconds"))
+    return tuple(kept), list(zip(*kept.values(), strict=True)), numbers
+
+
+def gains(rows: "Sequence[TensorRow]") -> list[tuple[str, ...]]:
+    """Cells under `GAIN_HEADER`, a row a kind of layer and one for all; nothing if all are what min-max makes anyway."""
+    packed = [row for row in rows if row.min_max_snr_db is not None and row.snr_db is not None]
+    if all(row.snr_db == row.min_max_snr_db for row in packed):
+        return []
+    kinds: dict[str, list[TensorRow]] = {}
+    for row in packed:
+        kinds.setdefault(charts.role(row), []).append(row)
+    groups = [*kinds.items()] if len(kinds) > 1 else []
+    return [_gain(name, group) for name, group in [*groups, ("all", packed)]]
+
+
+def _gain(name: str, rows: "Sequence[TensorRow]") -> tuple[str, ...]:
+    cells = [name, str(len(rows))]
+    for before, after in (("min_max_snr_db", "snr_db"), ("min_max_output_snr_db", "output_snr_db")):
+        pairs = [(getattr(row, before), getattr(row, after)) for row in rows]
+        known = [(b, a) for b, a in pairs if b is not None and a is not None and math.isfinite(b) and math.isfinite(a)]
+        if not known:
+            cells += [""] * 3
+            continue
+        means = [sum(values) / len(known) for values in zip(*known, strict=True)]
+        cells += [f"{means[0]:.1f}", f"{means[1]:.1f}", f"{means[1] - means[0]:+.1f}"]
+    return tuple(cells)
 
 
 def comparison_cells(comparison: "Comparison") -> list[tuple[tuple[str, ...], bool]]:
