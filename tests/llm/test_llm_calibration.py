@@ -3,12 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from small_families import VOCABULARY, config_of, model_of
 from tiny import TEXT, tiny_llama
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotFoundFile
 from torch_to_nnef.llm_tract.calibration import check_calibration
 from torch_to_nnef.llm_tract.export import export_llm
 from torch_to_nnef.llm_tract.options import LlmOptions
+from torch_to_nnef.quantize import Selection, Use
+from torch_to_nnef.quantize.calibrated import quantize_calibrated_
+from torch_to_nnef.quantize.calibration import as_calibration
+from torch_to_nnef.tensor.quant import quantize_q40
 
 
 def learns(model, calibration=None, calibration_cache=None, **kw):
@@ -127,3 +132,47 @@ def test_windows_are_no_longer_than_the_context(checkpoint, text, tmp_path):
         calibration.learn[0](model)
     with pytest.raises(T2NErrorInvalidArgument, match="the model has none: pass --calibration-npz"):
         calibration_of(given, model, None, 32)
+
+
+@pytest.mark.parametrize(
+    "family", ["mixtral (experts)", "gpt2 (Conv1D)", "smollm (tied)", "gemma4, text (shared caches)"]
+)
+def test_block_by_block_is_the_whole_model(family, monkeypatch):
+    """Inputs of every weight are the same whether blocks are skipped or everything runs each time."""
+    found = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr("torch_to_nnef.quantize.sequence._longest_chain", lambda model, targets: (model,))
+        model = model_of(config_of(family))
+        generator = torch.Generator().manual_seed(0)
+        batches = [
+            {"input_ids": torch.randint(VOCABULARY, (1, 12), generator=generator), "use_cache": False} for _ in range(2)
+        ]
+        uses = {name: use for name, p in model.named_parameters() if (use := use_of(model, name, p))}
+        known = {}
+
+        def encode(rows, name, statistics, known=known):
+            known[name] = statistics
+            return quantize_q40(rows, name=name)
+
+        quantize_calibrated_(model, encode, as_calibration(batches), selection=Selection(uses=uses), method="q40")
+        assert len(known) == len(uses)
+        found.append(known)
+    assert list(found[0]) == list(found[1])
+    for name, statistics in found[0].items():
+        for field in ("hessian", "drift_square", "frequency"):
+            one, other = getattr(statistics.learn, field), getattr(found[1][name].learn, field)
+            assert (one is None) == (other is None)
+            assert one is None or torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max())), name
+
+
+def use_of(model, name, parameter):
+    """As the captured graph would say."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if parameter.dim() == 3:
+        return frozenset({Use.EXPERTS})
+    if parameter.dim() != 2:
+        return None
+    if isinstance(module, torch.nn.Embedding):
+        return frozenset({Use.EMBEDDING})
+    return frozenset({Use.MATMUL if type(module).__name__ == "Conv1D" else Use.LINEAR})

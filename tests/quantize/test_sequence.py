@@ -169,7 +169,7 @@ def test_a_replay_gives_what_the_model_gives_and_runs_each_block_once():
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
-def test_a_run_ends_when_it_was_enough_or_with_the_next_block():
+def test_a_run_ends_when_it_was_enough_or_behind_the_last_block():
     model, given = Net(), batches()
     ran = []
     model.blocks[1].o.register_forward_hook(lambda *_: ran.append("o"))
@@ -186,8 +186,9 @@ def test_a_run_ends_when_it_was_enough_or_with_the_next_block():
         replay.advance()
         assert replay.run(0, until_k) is None
         assert not ran
-        assert replay.run(0, nothing) is None
-    assert ran == ["o"]
+        assert replay.run(0, nothing, 1) is None
+        assert ran == ["o"]
+        assert torch.equal(replay.run(0, nothing), given[0](model))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])

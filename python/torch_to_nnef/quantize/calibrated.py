@@ -220,7 +220,7 @@ class Walk:
             with Watch(stage.targets[:1], multiplied, looked_up):
                 yield
 
-        replay.run(index, watch)
+        replay.run(index, watch, stage.block)
         return seen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,14 +210,16 @@ class Replay:
         """What the last finished block returned, a value a batch."""
         return self._kept or []
 
-    def run(self, index: int, watch: Callable[[Callable[[], None]], Any], last: int = 0) -> Any:
-        """Run batch `index` inside of the context `watch(enough)`; it ends early by `enough()`, or after the next block, or block `last`.
+    def run(
+        self, index: int, watch: Callable[[Callable[[], None]], AbstractContextManager[None]], last: int | None = None
+    ) -> Any:
+        """Run batch `index` inside of the context `watch(enough)`; it ends early by `enough()`, or after block `last`.
 
         Returns what the model returned, None if it ended early.
         """
         kept = self._kept[index] if self._kept is not None else None
-        last = max(last, self.at)
-        with _skipping(self._blocks[: self.at], kept), _left_after(self._blocks[last : last + 1]), watch(_stop):
+        end = [] if last is None else self._blocks[max(last, self.at) : max(last, self.at) + 1]
+        with _skipping(self._blocks[: self.at], kept), _left_after(end), watch(_stop):
             try:
                 return self.batches[index](self._model)
             except _Enough:
@@ -241,7 +243,7 @@ class Replay:
         handle = block.register_forward_hook(keep)
         try:
             for index in range(len(self.batches)):
-                self.run(index, _nothing)
+                self.run(index, _nothing, self.at)
                 if len(kept) != index + 1:
                     raise T2NErrorInvalidArgument(
                         f"calibration: batch {index} does not run the block {type(block).__name__} {self.at}, which others do"

@@ -67,7 +67,8 @@ class Watch(TorchDispatchMode):
         if (target := self._target(weight)) is None:
             return
         rows = target.tensor.mT if target.transposed else target.tensor
-        if rows.dim() < 2 or weight.shape[-1] != rows.shape[-1] or weight.stride()[-2:] != rows.stride()[-2:]:
+        width = rows.shape[-1]
+        if rows.dim() < 2 or not weight.shape[-1] == x.shape[-1] == width or weight.stride()[-2:] != rows.stride()[-2:]:
             return  # not the matrix itself: how it was used instead is not ours to learn from
         if rows.dim() == 2:
             self._multiplied(target, x.reshape(-1, 1, x.shape[-1]), 0, 1)
