@@ -6,7 +6,7 @@ use std::hint::black_box;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use _native::q40::{Encoder, FloatType, dequantize, quantize};
+use _native::q40::{Encoder, FloatType, Moments, dequantize, quantize, quantize_hessian, quantize_weighted};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -69,5 +69,52 @@ fn bench(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, bench);
+/// Encoders that know the inputs, on the two shapes of a layer of `SmolLM2`; elements a second, of inputs with one common direction.
+fn bench_calibrated(criterion: &mut Criterion) {
+    let stop = AtomicBool::new(false);
+    for (rows, width) in [(1536, 576), (576, 1536)] {
+        let x = bell(rows * width);
+        let (mut codes, mut scales) = (vec![1; x.len() / 2], vec![1; x.len() / 16]);
+        let importance = vec![1.5; width];
+        // H = I + 1/2, all ones beside it: its inverse and factor have closed forms.
+        let hessian: Vec<f32> = (0..width * width).map(|at| if at % (width + 1) == 0 { 1.5 } else { 0.5 }).collect();
+        let factor = factor_of_shared_direction(width);
+        let order: Vec<u32> = (0..width as u32).collect();
+        let moments =
+            Moments { hessian: &hessian, ridge: 0.01, factor: &factor, order: &order, importance: &importance };
+        let mut group = criterion.benchmark_group(format!("{rows}x{width}"));
+        group.throughput(Throughput::Elements(x.len() as u64)).sampling_mode(SamplingMode::Flat).sample_size(10);
+        for (threads, pool) in pools() {
+            group.bench_function(BenchmarkId::new("weighted", &threads), |b| {
+                b.iter(|| {
+                    pool.install(|| quantize_weighted(&x, width, &importance, "w", &mut codes, &mut scales, &stop))
+                });
+            });
+            for sweeps in [0, 16] {
+                group.bench_function(BenchmarkId::new(format!("hessian_{sweeps}_sweeps"), &threads), |b| {
+                    b.iter(|| {
+                        pool.install(|| {
+                            quantize_hessian(&x, width, moments, sweeps, "w", &mut codes, &mut scales, &stop)
+                        })
+                    });
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
+/// `U` of `quantize_hessian` for `I + 1/2`: once `i` columns are fixed, the inverse of what is left is `I - 1 / (2 + n)`, `n` columns being left.
+fn factor_of_shared_direction(width: usize) -> Vec<f32> {
+    let mut factor = vec![0.0; width * width];
+    for (i, row) in factor.chunks_exact_mut(width).enumerate() {
+        let coupling = 1.0 / (2.0 + (width - i) as f32);
+        let root = (1.0 - coupling).sqrt();
+        row[i] = root;
+        row[i + 1..].fill(-coupling / root);
+    }
+    factor
+}
+
+criterion_group!(benches, bench, bench_calibrated);
 criterion_main!(benches);

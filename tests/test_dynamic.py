@@ -105,6 +105,12 @@ OF_ONE = {
 }
 
 
+def test_samples_may_be_slices_of_a_data_set(tmp_path):
+    images = torch.randn(9, 3, 8)
+    path = export(tmp_path, nn.Conv1d(3, 4, 3), images[5:8], axes=[{0: "B"}])
+    assert TractModel.load(path).run(images)["output"].shape == (9, 4, 6)
+
+
 @pytest.mark.parametrize("name", OF_ONE)
 def test_sizes_of_one_input(name, tmp_path):
     function, smallest = OF_ONE[name]

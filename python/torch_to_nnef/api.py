@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef._native import __version__, tract_version
-from torch_to_nnef.compress import DEFAULT_COMPRESSION, Choice, Method, needs_calibration
+from torch_to_nnef.compress import DEFAULT_COMPRESSION, Choice, Method, needs_calibration, takes
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, relower, staged
 from torch_to_nnef.graph.capture import eval_mode
@@ -25,7 +25,8 @@ from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.nnef.writer import target_path, write_archive
 from torch_to_nnef.quantize.apply import Progress, row_of
-from torch_to_nnef.quantize.calibration import Calibration, as_calibration
+from torch_to_nnef.quantize.budget import Budget
+from torch_to_nnef.quantize.calibration import Calibration, as_batch, as_calibration
 from torch_to_nnef.quantize.rows import TensorRow, recording
 from torch_to_nnef.quantize.targets import Filter, Filters, Selection, Target
 from torch_to_nnef.report import Report, Totals
@@ -43,10 +44,13 @@ def quantize_and_verify(
     *,
     calibration: Calibration | Iterable[Any] | Path | None = None,
     tokenizer: Any = None,
+    calibration_cache: Path | None = None,
     include: Filters | None = None,
     exclude: Filters | None = None,
     overrides: Mapping[Filter, str] | None = None,
     fallback: Literal["f16", "error"] | None = None,
+    target_bpw: float | None = None,
+    max_kl: float | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic_axes: DynamicAxes | None = None,
@@ -62,8 +66,13 @@ def quantize_and_verify(
     method: a key of `registry`, a callable with the registry's signature, or None to export and verify only.
     calibration: for methods that learn from data: batches of inputs, a `DataLoader`, the path of an `.npz` file, or texts with a
     `tokenizer` of transformers (see `as_calibration`). A method of yours gets it as it is given.
+    calibration_cache: a file that keeps what was learned of the float model, for methods that take one; if it is there, it is read, and no
+    calibration is needed.
     include, exclude: fqn globs, regexes or `(module, fqn) -> bool`; overrides: filter -> another key of `registry`,
         or `f16` or `f32`; the first that matches counts. fallback: what becomes of weights whose rows Q40 cannot hold (None: as they are).
+    target_bpw: most bits a weight on average, over those that are packed otherwise; max_kl: most KL(float || quantized) of the outputs, as
+        logits or probabilities along their last axis. What costs most for its bytes stays in f16; measured on held-out calibration data,
+        or on `args`.
     dynamic_axes: `{"input": {0: "B"}}`; added to those of `inference_target`.
     inplace: quantize `model` itself instead of a copy that shares the weights left in float.
     force: replace what is at `path`.
@@ -76,8 +85,11 @@ def quantize_and_verify(
     destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
-    choice = Choice(method, registry, overrides or {}, fallback)
-    if calibration is None and any(map(needs_calibration, choice.methods)):
+    choice = Choice(method, registry, overrides or {}, fallback, Budget(target_bpw, max_kl))
+    reads_cache = calibration_cache is not None and any(takes(m, "calibration_cache") for m in choice.methods)
+    if calibration_cache is not None and not reads_cache:
+        raise T2NErrorInvalidArgument(f"{_name(method)} takes no calibration_cache")
+    if calibration is None and not reads_cache and any(map(needs_calibration, choice.methods)):
         as_calibration(None)  # raises
     original, model = model, eager(model)
     if inplace and model is not original:
@@ -98,8 +110,14 @@ def quantize_and_verify(
         with steps("quantize"):
             selection = Selection(weight_uses(graph), include, exclude, find_folds(graph))
             data = as_calibration(calibration, tokenizer, work) if ours and calibration is not None else calibration
-            extras = {"calibration": data, "tokenizer": tokenizer, "progress": progress}
-            work = choice(work, selection, **extras)
+            extras = {
+                "calibration": data,
+                "calibration_cache": calibration_cache,
+                "tokenizer": tokenizer,
+                "progress": progress,
+            }
+            judged_on = data.judge if isinstance(data, Calibration) else (as_batch(args, work),)
+            work = choice(work, selection, judged_on, **extras)
         with steps("lower"):
             captured = captured.rebind(work)
             plan = relower(captured, to_graph(captured), type(model).__name__, target, naming)

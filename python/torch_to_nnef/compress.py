@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorImpossibleQuantization, T2NErrorInvalidArgument
+from torch_to_nnef.quantize.budget import Budget, quantize_within
 from torch_to_nnef.quantize.methods.awq import quantize_awq, quantize_awq_gptq
 from torch_to_nnef.quantize.methods.best import quantize_best
 from torch_to_nnef.quantize.methods.gptq import quantize_gptq
@@ -32,6 +34,7 @@ from torch_to_nnef.tensor.quant.base import QTensor
 
 if TYPE_CHECKING:
     from torch_to_nnef.quantize.apply import Progress
+    from torch_to_nnef.quantize.calibration import Batch
 
 Method = Callable[..., Any]
 
@@ -139,6 +142,11 @@ def dynamic_load_registry(path: str) -> Mapping[str, Method]:
     return registry
 
 
+def takes(fn: Method, name: str) -> bool:
+    """Whether a registry method has a parameter of that name."""
+    return name in inspect.signature(fn).parameters
+
+
 def needs_calibration(fn: Method) -> bool:
     """Whether a registry method learns from data: it has a parameter `calibration`, without a default or with None."""
     parameter = inspect.signature(fn).parameters.get("calibration")
@@ -153,12 +161,14 @@ class Choice:
     registry: name -> method. Beside its keys there are `f16` (`keep_half`) and `f32` (left as it is).
     overrides: filter -> key; of several that match a weight, the first counts.
     fallback: what becomes of weights with rows that Q40 cannot hold: None, they stay as they are; `f16`; or `error`.
+    budget: what quantization may cost: weights that cost more for their bytes than others stay in f16.
     """
 
     method: str | Method | None
     registry: Mapping[str, Method] = field(default_factory=lambda: DEFAULT_COMPRESSION)
     overrides: Mapping[Any, str] = field(default_factory=dict)
     fallback: str | None = None
+    budget: Budget = Budget()
 
     def __post_init__(self) -> None:
         """Raises `T2NErrorInvalidArgument` for keys that there are not."""
@@ -170,19 +180,36 @@ class Choice:
         if self.fallback not in (None, "f16", "error"):
             raise T2NErrorInvalidArgument(f"fallback is None, 'f16' or 'error': got {self.fallback!r}")
 
-    def __call__(self, model: nn.Module, selection: Selection, **extras: Any) -> nn.Module:
+    def __call__(
+        self, model: nn.Module, selection: Selection, judged_on: Sequence[Batch] = (), **extras: Any
+    ) -> nn.Module:
         """`model`, or what methods returned for it, after all were called; `extras` as `call_method` takes them.
 
+        judged_on: for the budget.
+
         Raises what methods raise; `T2NErrorImpossibleQuantization` for rows that Q40 cannot hold if `fallback` says so, before anything
-        is changed; `T2NErrorInvalidArgument` for an override that selects nothing.
+        is changed; `T2NErrorInvalidArgument` for an override that selects nothing, or a budget that cannot be met.
         """
+        if not self.budget:
+            return self._quantized(model, selection, extras)
+
+        def apply(kept: frozenset[str]) -> nn.Module:
+            names = "|".join(map(re.escape, sorted(kept)))
+            first = {re.compile(rf"^(?:{names})\Z"): "f16"} if kept else {}
+            return replace(self, overrides={**first, **self.overrides})._quantized(model, selection, extras)
+
+        return quantize_within(self.budget, model, apply, judged_on, extras.get("progress"))
+
+    def _quantized(self, model: nn.Module, selection: Selection, extras: Mapping[str, Any]) -> nn.Module:
         if self.fallback == "error":
             _refuse_rows(find_targets(model, DEFAULT_CLASSES, selection))
+        excluded = [*as_filters(selection.exclude or ())]
         for pattern, key in self.overrides.items():
-            find_targets(model, DEFAULT_CLASSES, replace(selection, include=pattern))  # says that it selects nothing
+            chosen = replace(selection, include=pattern, exclude=[*excluded] or None)
+            find_targets(model, DEFAULT_CLASSES, chosen)  # says that it selects nothing
             if (method := self._of(key)) is not None:
-                model = call_method(method, model, selection=replace(selection, include=pattern), **extras)
-        excluded = [*as_filters(selection.exclude or ()), *self.overrides]
+                model = call_method(method, model, selection=chosen, **extras)
+            excluded.append(pattern)
         rest = replace(selection, exclude=excluded or None)
         if (method := self._of(self.method)) is not None:
             model = call_method(method, model, selection=rest, **extras)

@@ -46,7 +46,6 @@ pub fn q40_quantize_with_scales(
 }
 
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "the contract of _native.pyi")]
 pub fn q40_quantize_weighted(
     py: Python<'_>,
     data: &Array<'_, f32>,

@@ -116,12 +116,14 @@ def test_arrays_by_input_name(tmp_path):
         ({"x": np.ones(())}, "as many samples"),
         ({"x": np.ones((0, 3))}, "as many samples"),
         ({"x": np.array([None])}, "not an .npz file of plain arrays"),
-        (None, "not an .npz file"),
+        (b"no archive", "not an .npz file"),
+        (b"PK\x03\x04 cut", "not an .npz file"),
+        (b"\x93NUMPY\x01\x00", "not an .npz file"),
     ],
 )
 def test_arrays_that_are_no_samples_are_refused(arrays, words, tmp_path):
     path = tmp_path / "a.npz"
-    path.write_bytes(b"no archive") if arrays is None else np.savez(path, **arrays)
+    path.write_bytes(arrays) if isinstance(arrays, bytes) else np.savez(path, **arrays)
     with pytest.raises(T2NErrorInvalidArgument, match=words):
         as_calibration(path)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING
 
-from torch_to_nnef.compress import needs_calibration
+from torch_to_nnef.compress import needs_calibration, takes
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.llm_tract.families import vocabulary_of
 from torch_to_nnef.quantize.calibration import TEXT_WINDOW, Calibration, read_text
@@ -25,16 +24,18 @@ def check_calibration(options: LlmOptions, methods: Sequence[Method]) -> None:
     """Before anything is loaded. Raises `T2NErrorInvalidArgument` for data that is missing, or that no method learns from."""
     data = options.calibration_text or options.calibration_npz
     cache, key = options.calibration_cache, options.compression_method
-    parameters = {name: p for method in methods for name, p in inspect.signature(method).parameters.items()}
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     learns = any(map(needs_calibration, methods))
-    if learns and data is None and not (cache and cache.exists() and "calibration_cache" in parameters):
+    if (
+        learns
+        and data is None
+        and not (cache and cache.exists() and any(takes(m, "calibration_cache") for m in methods))
+    ):
         raise T2NErrorInvalidArgument(
             f"{key or 'a method of --tensor-type'} learns from data: pass --calibration-text FILE or --calibration-npz FILE"
         )
-    if data is not None and not (learns or takes_all or "calibration" in parameters):
+    if data is not None and not any(takes(m, "calibration") for m in methods):
         raise T2NErrorInvalidArgument(f"{key or 'an export without compression'} learns from no calibration data")
-    if cache is not None and "calibration_cache" not in parameters:
+    if cache is not None and not any(takes(m, "calibration_cache") for m in methods):
         raise T2NErrorInvalidArgument(f"{key or 'an export without compression'} takes no --calibration-cache")
 
 

@@ -21,6 +21,9 @@ from torch_to_nnef.op.statement import Ref, Statement, Unavailable, Variable
 from torch_to_nnef.tensor.quant import QTensorHalf, QTensorTractTransposed
 from torch_to_nnef.torch_internals import OpOverload, pytree
 
+# Handlers of these take f16 weights in any model: tract would cast one beyond 4 MiB at each run.
+_TAKE_HALVES = frozenset({torch.ops.aten.linear.default, torch.ops.aten.embedding.default})
+
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
@@ -145,7 +148,7 @@ class _Lowering:
     def _node(self, node: Node) -> None:
         self.emitter.node = node
         args, kwargs = pytree.tree_map(
-            lambda a: self._ref(a) if isinstance(a, Value) else a, (node.args, dict(node.kwargs))
+            lambda a: self._operand(node, a) if isinstance(a, Value) else a, (node.args, dict(node.kwargs))
         )
         result = table_of(node).lower(self.emitter, node, args, kwargs)
         results = [result] if isinstance(result, Ref) else result
@@ -156,6 +159,12 @@ class _Lowering:
                 given = Unavailable(str(self.emitter.refuse(given.reason)))
             self.env[value.name] = given
 
+    def _operand(self, node: Node, value: Value) -> Ref:
+        fqn = self.graph.weights.get(value.name)
+        if fqn is not None and node.target in _TAKE_HALVES and isinstance(self.graph.tensors[fqn], QTensorHalf):
+            return self._stored(value)
+        return self._ref(value)
+
     def _ref(self, value: Value) -> Ref:
         if value.name not in self.env:
             self.env[value.name] = self._weight(value)
@@ -165,6 +174,11 @@ class _Lowering:
         return ref
 
     def _weight(self, value: Value) -> Ref:
+        """As the model computes with it."""
+        return self.emitter.cast(self._stored(value), value.dtype)
+
+    def _stored(self, value: Value) -> Ref:
+        """As it is in the archive: what is kept in f16 of another model is f16."""
         fqn = self.graph.weights[value.name]
         tensor = self.graph.tensors[fqn]
         check_storable(tensor, fqn)
@@ -175,8 +189,7 @@ class _Lowering:
             stored = stored.halves() if isinstance(stored, QTensorHalf) else stored
             self.variables[id(tensor)] = Variable(self.names.unique(fqn), fqn, stored)
         if isinstance(tensor, QTensorHalf):
-            half = Ref(self.variables[id(tensor)].id, tuple(tensor.shape), torch.float16)
-            return self.emitter.cast(half, tensor.dtype)
+            return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), torch.float16)
         transposed = isinstance(tensor, QTensorTractTransposed)
         return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), tensor.dtype, fqn, transposed)
 

@@ -38,7 +38,7 @@ def rows(e: Emitter, weight: Ref, indices: Ref) -> Ref:
 @lowers(aten.embedding.default)
 def embedding(e: Emitter, weight: Ref, indices: Ref, padding_idx: int = -1) -> Ref:
     """Rows of weight (V, D); ids must lie in [0, V), as torch wants too."""
-    return rows(e, weight, indices)
+    return e.cast(rows(e, weight, indices), e.out.dtype)
 
 
 @lowers(aten.index_select.default)

@@ -21,7 +21,9 @@ def contract(e: Emitter, operands: list[Ref], expr: str, out: Shape) -> Ref:
     dtype = e.out.dtype
     if dtype is torch.float64:
         raise e.refuse("tract multiplies matrices in f32 and f16 only; use model.float()")
-    operands = [e.cast(operand, dtype) for operand in operands]
+    # tract multiplies f16 by f32: a weight that is kept in f16 stays so.
+    kept = torch.float16 if dtype is torch.float32 else dtype
+    operands = [operand if operand.dtype is kept else e.cast(operand, dtype) for operand in operands]
     if dtype.is_floating_point:
         sums = torch.float16 if in_half(e) else torch.float32
         total = e.op(

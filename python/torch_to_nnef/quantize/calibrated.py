@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.activation import ActivationScaling
 from torch_to_nnef.quantize.apply import Progress, packed_rows, put_packed, row_of
 from torch_to_nnef.quantize.calibration import Calibration
+from torch_to_nnef.quantize.float_statistics import FloatWalk, StatisticsFile, cached
 from torch_to_nnef.quantize.rows import snr_db
 from torch_to_nnef.quantize.scaling import apply_folds
 from torch_to_nnef.quantize.sequence import Order, Replay, Stage, order_of
-from torch_to_nnef.quantize.statistics import InputStatistics, Moments, MomentSums
+from torch_to_nnef.quantize.statistics import InputStatistics, InputSums
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
 from torch_to_nnef.quantize.watch import Watch
 from torch_to_nnef.tensor.offload import OffloadedTensor
@@ -35,13 +37,14 @@ CalibratedEncode = Callable[[torch.Tensor, str, InputStatistics | None], QTensor
 def quantize_calibrated_(
     model: nn.Module,
     encode: CalibratedEncode,
-    calibration: Calibration,
+    calibration: Calibration | None,
     *,
     classes: Sequence[type[nn.Module]] | None = None,
     selection: Selection | None = None,
     method: str | Callable[[str], str],
     progress: Progress | None = None,
     sequential: bool = True,
+    cache: Path | None = None,
     beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
     scaling: CalibratedEncode | None = None,
 ) -> nn.Module:
@@ -53,19 +56,22 @@ def quantize_calibrated_(
     Args:
         model: Changed in place, and returned.
         encode: Gets the statistics of the inputs of each weight.
-        calibration: Batches that the model can be called with.
+        calibration: Batches that the model can be called with, where its parameters are.
         classes: Module classes (with subclasses) whose `weight` is asked for; None for Linear, Embedding, Conv1d, Conv2d.
         selection: Narrows further, and brings what the captured graph knows about uses.
         method: Name shown in rows, or what gives it for a weight.
         progress: Called as `(done, total, name)` before each weight, and once at the end; in bytes of the float weights.
         sequential: Inputs are those that the weights quantized before give; statistics then have the drift from the float model.
             Otherwise they are those of the float model.
+        cache: A file that keeps the statistics of the float model, which are used then, whatever `sequential` is. If it is there, it is
+            read, and `calibration` may be None.
         beside: Other parameters that take new values with the weights, by name.
         scaling: Scale inputs where `selection.folds` lets them be (`ActivationScaling`); this fast encoder finds by how much.
 
     Raises:
         T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
-        T2NErrorInvalidArgument: `selection.include` selects nothing, weights are on disk, or inputs are not finite.
+        T2NErrorInvalidArgument: `selection.include` selects nothing, weights are on disk, inputs are not finite, or `cache` is one of
+            another model or calibration.
 
     """
     targets = find_targets(model, classes, selection)
@@ -75,8 +81,14 @@ def quantize_calibrated_(
     packed: dict[int, QTensorTractScaleOnly] = {}
     notes: dict[int, tuple[float | None, float]] = {}
     done, total = 0, sum(target.nbytes for target in wanted)
+    sequential = sequential and cache is None
+
+    def say(what: str) -> None:
+        if progress:
+            progress(done, total, what)
+
     with running(model), _Placed(model, beside if sequential else {}) as placed:
-        walk = Walk(model, wanted, calibration, placed if sequential else None)
+        walk = _walk(model, wanted, calibration, placed if sequential else None, cache, say)
         folds = selection.folds if selection and scaling else ()
         scales = ActivationScaling(model, folds, wanted, scaling or encode, encode)
         for group in walk.groups():
@@ -85,8 +97,7 @@ def quantize_calibrated_(
                 scales.choose(group.targets, statistics, packed)
             for target in group.targets if isinstance(group, Stage) else group:
                 name, began = target.places[0].fqn, time.perf_counter()
-                if progress:
-                    progress(done, total, name)
+                say(name)
                 scaled, known = scales.scaled(target, statistics)
                 codes = packed_rows(scaled, encode, name, known)
                 values = scales.unscaled(target, codes.decompress())
@@ -112,6 +123,24 @@ def quantize_calibrated_(
     return model
 
 
+def _walk(
+    model: nn.Module,
+    targets: Sequence[Target],
+    calibration: Calibration | None,
+    placed: _Placed | None,
+    cache: Path | None,
+    step: Callable[[str], None],
+) -> Walk | FloatWalk | StatisticsFile:
+    """What gives the groups of weights in order, and their statistics."""
+    if cache is not None:
+        return cached(model, targets, calibration, cache, step)
+    if calibration is None:
+        raise T2NErrorInvalidArgument("no calibration, and no cache of an earlier one")
+    if placed is not None:
+        return Walk(model, targets, calibration, placed, step)
+    return FloatWalk(model, targets, calibration, step)
+
+
 def _output_snr(target: Target, approximate: torch.Tensor, statistics: InputStatistics | None) -> float | None:
     if statistics is None or statistics.held_out is None:
         return None
@@ -125,12 +154,17 @@ class Walk:
     """A model on its way through a calibration, stage by stage, in two states: as it was, and quantized so far."""
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[Target], calibration: Calibration, placed: _Placed | None
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        calibration: Calibration,
+        placed: _Placed,
+        step: Callable[[str], None],
     ) -> None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._learn = len(calibration.learn)
         batches = [batch.to(device) for batch in (*calibration.learn, *calibration.held_out)]
-        self._batches, self._placed = batches, placed
+        self._batches, self._placed, self._step = batches, placed, step
         self._order: Order = order_of(model, targets, batches)
         self._quantized = Replay(model, self._order.blocks, batches)
         self._exact = Replay(model, self._order.blocks, batches)
@@ -141,24 +175,23 @@ class Walk:
         if self._order.unused:
             yield self._order.unused
 
-    def statistics(self, stage: Stage) -> InputStatistics:
+    def statistics(self, stage: Stage) -> InputStatistics | None:
         """Of the inputs of a stage, those before it being quantized."""
         while self._quantized.at < stage.block:
             self._quantized.advance()
-            if self._placed is not None:
-                with self._placed.originals():
-                    self._exact.advance()
-        sums = [_Sums(stage.targets[0]) for _ in range(2)]
+            with self._placed.originals():
+                self._exact.advance()
+        sums = InputSums(len(stage.targets[0].tensor)), InputSums(len(stage.targets[0].tensor))
         for index in range(len(self._batches)):
-            held_out = index >= self._learn
-            sums[held_out].add(self._inputs(stage, self._quantized, index), self._exact_inputs(stage, index))
-        name = stage.targets[0].places[0].fqn
-        learn, held_out_moments = (s.moments(name) for s in sums)
-        return InputStatistics(learn, held_out_moments if len(self._batches) > self._learn else None)
+            self._step(f"inputs of {stage.name}, {index + 1} of {len(self._batches)}")
+            inputs, exact = self._inputs(stage, self._quantized, index), self._exact_inputs(stage, index)
+            _add(sums[index >= self._learn], inputs, exact)
+        learn, held_out = (s.moments(stage.name) for s in sums)
+        return None if learn is None else InputStatistics(learn, held_out)
 
     def _exact_inputs(self, stage: Stage, index: int) -> _Inputs | None:
         """None as long as nothing is quantized: both states are the same."""
-        if self._placed is None or self._placed.is_exact:
+        if self._placed.is_exact:
             return None
         with self._placed.originals():
             return self._inputs(stage, self._exact, index)
@@ -199,29 +232,14 @@ class _Inputs:
         return len(self.products) + len(self.lookups)
 
 
-class _Sums:
-    """Of the inputs of a weight."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._products: MomentSums | None = None
-        self._lookups: torch.Tensor | None = None
-
-    def add(self, inputs: _Inputs, exact: _Inputs | None) -> None:
-        for index, (x, start, count) in enumerate(inputs.products):
-            same_place = exact is not None and index < len(exact.products) and exact.products[index][0].shape == x.shape
-            in_float = exact.products[index][0] if exact is not None and same_place else None
-            if self._products is None:
-                self._products = MomentSums(count, x.shape[-1], x.device, drift=exact is not None and count == 1)
-            self._products.add(x, start, in_float)
-        for indices in inputs.lookups:
-            if self._lookups is None:
-                self._lookups = torch.zeros(self._target.tensor.shape[0])
-            self._lookups += torch.bincount(indices.flatten().cpu(), minlength=len(self._lookups))
-
-    def moments(self, name: str) -> Moments:
-        frequency = None if self._lookups is None else self._lookups / self._lookups.mean().clamp_min(1e-12)
-        return Moments(frequency=frequency) if self._products is None else self._products.moments(name, frequency)
+def _add(sums: InputSums, inputs: _Inputs, exact: _Inputs | None) -> None:
+    """Drift is that of inputs in the same place; which inputs an expert has depends on the model's state."""
+    for index, (x, start, count) in enumerate(inputs.products):
+        same_place = exact is not None and index < len(exact.products) and exact.products[index][0].shape == x.shape
+        in_float = exact.products[index][0] if exact is not None and same_place else None
+        sums.multiplied(x, start, count, in_float, drift=exact is not None and count == 1)
+    for indices in inputs.lookups:
+        sums.looked_up(indices)
 
 
 class _Placed:
@@ -271,13 +289,16 @@ class _Placed:
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients, and with attention spelled out: its fused form hides what weights are multiplied with."""
+    """In eval mode, without gradients, and with attention and LSTMs spelled out: fused, they hide what weights are multiplied with."""
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     fused = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
         torch.backends.mha.set_fastpath_enabled(False)
+        if any(isinstance(module, nn.LSTM) for module in model.modules()):
+            fused_lstm, *_ = torch.backends.mkldnn.set_flags(_enabled=False)  # type: ignore[no-untyped-call]
+            stack.callback(torch.backends.mkldnn.set_flags, fused_lstm)
         model.eval()
         try:
             yield

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -61,6 +62,11 @@ class Calibration:
 
     learn: tuple[Batch, ...]
     held_out: tuple[Batch, ...] = ()
+
+    @property
+    def judge(self) -> tuple[Batch, ...]:
+        """Batches to judge by: those held out; without any, those learned from."""
+        return self.held_out or self.learn
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Calibration:
@@ -121,11 +127,8 @@ class Calibration:
         """
         if not path.is_file():
             raise T2NErrorNotFoundFile(f"no calibration data at {str(path)!r}")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise T2NErrorInvalidArgument(f"{str(path)!r} is not an .npz file of plain arrays: {error}") from error
+        with opened_npz(path) as file:
+            arrays = {name: file[name] for name in file}
         counts = {array.shape[0] if array.ndim else None for array in arrays.values()}
         if len(counts) != 1 or not (count := counts.pop()):
             shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "none"
@@ -176,7 +179,19 @@ def as_calibration(
         return Calibration.of_texts(
             (i if isinstance(i, str) else read_text(i) for i in items), tokenizer, arguments=others
         )
-    return Calibration.of([_batch(item, model) for item in items])
+    return Calibration.of([as_batch(item, model) for item in items])
+
+
+@contextmanager
+def opened_npz(path: Path) -> Iterator[Mapping[str, np.ndarray[Any, Any]]]:
+    """The arrays of an `.npz` file, read as they are asked for. Raises `T2NErrorInvalidArgument` if it has none, or other objects."""
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            yield file
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        if isinstance(error, T2NError):
+            raise
+        raise T2NErrorInvalidArgument(f"{str(path)!r} is not an .npz file of plain arrays: {error}") from error
 
 
 def read_text(path: Path) -> str:
@@ -189,7 +204,8 @@ def read_text(path: Path) -> str:
         raise T2NErrorInvalidArgument(f"calibration text {str(path)!r} is not UTF-8: {error}") from error
 
 
-def _batch(item: Any, model: nn.Module | None) -> Batch:
+def as_batch(item: Any, model: nn.Module | None = None) -> Batch:
+    """A tensor, a tuple or list of positional or a dict of keyword arguments. Raises `T2NErrorInvalidArgument` for anything else."""
     if isinstance(item, Batch):
         return item
     if isinstance(item, torch.Tensor):

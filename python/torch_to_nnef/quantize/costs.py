@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ def costs_alone(
     }
     refuse_offloaded(target.tensor for target in targets.values())
     names = {id(target.tensor): name for name, target in targets.items()}
-    order = order_of(model, list(targets.values()), judge.batches[0])
+    order = order_of(model, list(targets.values()), judge.batches)
     replay = Replay(model, order.blocks, judge.batches)
     found: dict[str, float] = {}
     done, total = 0, sum(target.nbytes for target in targets.values())
@@ -72,7 +72,7 @@ def costs_alone(
                 progress(done, total, name)
             with _held(target.places, packed[name].decompress()):
                 # A weight with several uses may have some in front of the block; one without may have a use nobody saw.
-                outputs = _outputs(model, replay) if stage.calls == 1 else [batch(model) for batch in judge.batches]
+                outputs = replay.outputs() if stage.calls == 1 else [batch(model) for batch in judge.batches]
             found[name] = judge.distance(outputs)
             done += target.nbytes
     if progress:
@@ -106,20 +106,3 @@ def _held(places: Sequence[Place], values: torch.Tensor) -> Iterator[None]:
     finally:
         for place, old in zip(places, olds, strict=True):
             place.put(old)  # type: ignore[arg-type]
-
-
-def _outputs(model: nn.Module, replay: Replay) -> list[Any]:
-    """What the model returns on each batch of `replay`."""
-    outputs: list[Any] = []
-
-    @contextmanager
-    def watch(enough: Callable[[], None]) -> Iterator[None]:
-        handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    for index in range(len(replay.batches)):
-        replay.run(index, watch)
-    return outputs

@@ -13,6 +13,7 @@ from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.calibration import Batch
+from torch_to_nnef.quantize.statistics import block_count
 from torch_to_nnef.quantize.targets import Target
 from torch_to_nnef.quantize.watch import Watch
 from torch_to_nnef.torch_internals import pytree
@@ -25,12 +26,18 @@ class Stage:
     """Weights that read the same inputs, so that one sum over these serves them all.
 
     targets: in the order of their use. calls: how often each is used in a forward; 0 if that depends on the data (experts).
-    block: index of the block that uses them last, or that comes next; -1 before the first one.
+    block: index of the block that uses them last, or that comes next; -1 before the first one. nbytes: of the second moments of the inputs.
     """
 
     targets: tuple[Target, ...]
     calls: int
     block: int
+    nbytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the first weight."""
+        return self.targets[0].places[0].fqn
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ def order_of(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batc
         first = id(group[0].tensor)
         always = first in at_first and first not in trace.sliced
         block = trace.uses[first][-1][1] if follows else 0
-        stages.append((block, sources[-1], Stage(tuple(group), len(sources) if always else 0, block)))
+        stage = Stage(tuple(group), len(sources) if always else 0, block, trace.nbytes.get(first, 0))
+        stages.append((block, sources[-1], stage))
     return Order(
         chain if follows else (model,),
         tuple(stage for *_, stage in sorted(stages, key=lambda entry: entry[:2])),
@@ -80,7 +88,8 @@ class _Trace:
 
     uses: by the id of a weight, each use: the number of its inputs (the same for those that read the same), and the block it was in, or
     before.
-    sliced: weights of which a part was used at a time. entered: indices of blocks as they began. outputs: their fingerprints.
+    sliced: weights of which a part was used at a time. nbytes: of second moments of inputs, by the id of a weight. entered: indices of
+    blocks as they began. outputs: their fingerprints.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
@@ -89,6 +98,7 @@ class _Trace:
         self._last: tuple[torch.Tensor | None, int] = None, 0
         self.uses: dict[int, list[tuple[int, int]]] = {}
         self.sliced: set[int] = set()
+        self.nbytes: dict[int, int] = {}
         self.entered: list[int] = []
         self.outputs: list[Any] = []
 
@@ -124,6 +134,8 @@ class _Trace:
         known, number = self._last
         self._last = x, number if known is not None and _is_same(known, x) else number + 1
         self.uses.setdefault(id(target.tensor), []).append((self._last[1], self._at))
+        width = x.shape[-1]
+        self.nbytes[id(target.tensor)] = 4 * count * width * (width // block_count(width))
         if x.shape[1] < count:
             self.sliced.add(id(target.tensor))
 
@@ -198,17 +210,26 @@ class Replay:
         """What the last finished block returned, a value a batch."""
         return self._kept or []
 
-    def run(self, index: int, watch: Callable[[Callable[[], None]], Any]) -> Any:
-        """Run batch `index` inside of the context `watch(enough)`; calling `enough` ends it early, as the end of the next block does.
+    def run(self, index: int, watch: Callable[[Callable[[], None]], Any], last: int = 0) -> Any:
+        """Run batch `index` inside of the context `watch(enough)`; it ends early by `enough()`, or after the next block, or block `last`.
 
         Returns what the model returned, None if it ended early.
         """
         kept = self._kept[index] if self._kept is not None else None
-        with _skipping(self._blocks[: self.at], kept), _left_after(self._blocks[self.at : self.at + 1]), watch(_stop):
+        last = max(last, self.at)
+        with _skipping(self._blocks[: self.at], kept), _left_after(self._blocks[last : last + 1]), watch(_stop):
             try:
                 return self.batches[index](self._model)
             except _Enough:
                 return None
+
+    def outputs(self) -> list[Any]:
+        """What the model returns on each batch, its weights being now what they are from the next block on."""
+        found = []
+        for index, batch in enumerate(self._batches):
+            with _skipping(self._blocks[: self.at], self._kept[index] if self._kept is not None else None):
+                found.append(batch(self._model))
+        return found
 
     def advance(self) -> None:
         """Finish the next block on all batches."""

@@ -114,6 +114,36 @@ def block_count(width: int) -> int:
     return next((p for p in range(1, groups + 1) if groups % p == 0 and width // p <= LARGEST_BLOCK), 1)
 
 
+class InputSums:
+    """Of all inputs of a weight: `Moments` in the making. rows: as many as can be looked up."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._products: MomentSums | None = None
+        self._lookups: torch.Tensor | None = None
+
+    def multiplied(
+        self, x: torch.Tensor, start: int, count: int, exact: torch.Tensor | None = None, *, drift: bool = False
+    ) -> None:
+        """Take in inputs [R, G, K] of some of `count` matrices, and what the float model has there; drift: whether it may have any."""
+        if self._products is None:
+            self._products = MomentSums(count, x.shape[-1], x.device, drift)
+        self._products.add(x, start, exact)
+
+    def looked_up(self, indices: torch.Tensor) -> None:
+        """Take in lookups."""
+        if self._lookups is None:
+            self._lookups = torch.zeros(self._rows)
+        self._lookups += torch.bincount(indices.flatten().cpu(), minlength=self._rows)
+
+    def moments(self, name: str) -> Moments | None:
+        """None of no inputs. Raises `T2NErrorInvalidArgument` if some are not finite."""
+        frequency = None if self._lookups is None else self._lookups / self._lookups.mean().clamp_min(1e-12)
+        if self._products is not None:
+            return self._products.moments(name, frequency)
+        return None if frequency is None else Moments(frequency=frequency)
+
+
 class MomentSums:
     """Sums that `Moments` are the means of, for a weight of G matrices with rows of K."""
 

@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests; exactness is what is tested")]
 
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;

@@ -54,8 +54,8 @@ impl Moments<'_> {
             return wrong(&format!("the order must name each of {width} columns once"));
         }
         let finite = |values: &[f32]| values.par_iter().all(|v| v.is_finite());
-        if !finite(self.hessian) || !finite(self.factor) || !(self.ridge >= 0.0 && self.ridge.is_finite()) {
-            return wrong("Hessian, factor and ridge must be finite");
+        if !(finite(self.hessian) && finite(self.factor) && self.ridge.is_finite() && self.ridge >= 0.0) {
+            return wrong("Hessian, factor and ridge must be finite, and the ridge not negative");
         }
         let positive = |matrix: &[f32]| matrix.iter().step_by(width + 1).all(|v| *v > 0.0);
         if !positive(self.hessian) || !positive(self.factor) {
@@ -284,6 +284,7 @@ impl Tile<'_> {
 /// Codes, then scale, of one group, each the best with all else fixed. `gradient` and `square` are its parts of `e H`
 /// and `H`.
 #[inline(always)]
+#[expect(clippy::float_cmp, reason = "levels are whole numbers")]
 fn descend(levels: &mut Group, scale: &mut f32, mut gradient: Group, square: &[Group; GROUP_SIZE]) {
     if *scale == 0.0 {
         return;

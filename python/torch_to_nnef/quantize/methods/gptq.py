@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_to_nnef.quantize.calibrated import quantize_calibrated_
-from torch_to_nnef.quantize.calibration import as_calibration
+from torch_to_nnef.quantize.float_statistics import calibration_unless_cached
 from torch_to_nnef.tensor.quant.calibrated import SWEEPS, quantize_q40_hessian
 from torch_to_nnef.tensor.quant.qtract import quantize_q40
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import nn
 
@@ -38,6 +39,7 @@ def quantize_gptq(
     progress: Progress | None = None,
     method: str = "q40_gptq",
     sequential: bool = True,
+    calibration_cache: Path | None = None,
     strength: float = STRENGTH,
     damping: float = 0.01,
     act_order: bool = True,
@@ -55,6 +57,8 @@ def quantize_gptq(
         progress: `(done, total, name)`.
         method: Name shown in reports.
         sequential: Inputs are those that the weights quantized before give.
+        calibration_cache: A file that keeps what was learned of the float model, whose inputs are taken then; if it is there, no
+            calibration is needed.
         strength: 0 to fit each weight to itself; 1 to take back all that earlier weights changed in its inputs.
         damping: See `quantize_q40_hessian`, as for the next two.
         act_order: Round the columns with the largest inputs first.
@@ -73,8 +77,9 @@ def quantize_gptq(
         )
 
     return quantize_calibrated_(
-        model, encode, as_calibration(calibration, tokenizer, model), classes=to_quantize_module_classes,
-        selection=selection, method=method, progress=progress, sequential=sequential,
+        model, encode, calibration_unless_cached(calibration, tokenizer, model, calibration_cache),
+        classes=to_quantize_module_classes, selection=selection, method=method, progress=progress, sequential=sequential,
+        cache=calibration_cache,
     )  # fmt: skip
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch_to_nnef.quantize.calibrated import quantize_calibrated_
-from torch_to_nnef.quantize.calibration import as_calibration
+from torch_to_nnef.quantize.float_statistics import calibration_unless_cached
 from torch_to_nnef.tensor.quant.calibrated import quantize_q40_weighted
 from torch_to_nnef.tensor.quant.qtract import quantize_q40
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import torch
     from torch import nn
@@ -30,6 +31,7 @@ def quantize_imatrix(
     progress: Progress | None = None,
     method: str = "q40_imatrix",
     sequential: bool = False,
+    calibration_cache: Path | None = None,
     **kw: Any,
 ) -> nn.Module:
     """Quantize weights to Q40 with the least squared error weighed by their inputs, in place; as `quantize_calibrated_`.
@@ -43,6 +45,8 @@ def quantize_imatrix(
         progress: `(done, total, name)`.
         method: Name shown in reports.
         sequential: Inputs are those that the weights quantized before give.
+        calibration_cache: A file that keeps what was learned of the float model, whose inputs are taken then; if it is there, no
+            calibration is needed.
         **kw: Arguments of the registry call that this method does not need.
 
     Raises:
@@ -51,8 +55,9 @@ def quantize_imatrix(
 
     """
     return quantize_calibrated_(
-        model, encode_imatrix, as_calibration(calibration, tokenizer, model), classes=to_quantize_module_classes,
-        selection=selection, method=method, progress=progress, sequential=sequential,
+        model, encode_imatrix, calibration_unless_cached(calibration, tokenizer, model, calibration_cache),
+        classes=to_quantize_module_classes, selection=selection, method=method, progress=progress, sequential=sequential,
+        cache=calibration_cache,
     )  # fmt: skip
 
 
