@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from torch_to_nnef.quantize.measures import measures_of
 from torch_to_nnef.quantize.rows import TensorRow, record, weight_error
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
@@ -129,6 +130,7 @@ def row_of(
     method: str,
     *,
     output_snr_db: float | None = None,
+    min_max_output_snr_db: float | None = None,
     seconds: float | None = None,
 ) -> TensorRow:
     """What became of `target.tensor`: packed by `method`, or left as it is with `target.reason`."""
@@ -142,6 +144,7 @@ def row_of(
         reason=target.reason,
         nbytes_before=target.nbytes,
         output_snr_db=output_snr_db,
+        min_max_output_snr_db=min_max_output_snr_db,
         seconds=seconds if packed is not None else None,
     )
     now = packed if packed is not None else tensor
@@ -152,8 +155,11 @@ def row_of(
             * now.element_size(),
         )  # fmt: skip
     snr_db, relative_rmse = (None, None) if packed is None else weight_error(tensor, packed)
+    measures = {}
+    if isinstance(packed, QTensorTractScaleOnly):
+        measures = vars(measures_of(tensor.mT if target.transposed else tensor, packed.stored))
     return make(
         storage=now.storage_name, bits_per_weight=8.0 * now.packed_nbytes / max(1, now.numel()), method=method if packed
         is not None else None, snr_db=snr_db, relative_rmse=relative_rmse, quantized=True,
-        nbytes_after=now.packed_nbytes,
+        nbytes_after=now.packed_nbytes, **measures,
     )  # fmt: skip

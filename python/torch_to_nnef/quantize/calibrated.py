@@ -24,7 +24,7 @@ from torch_to_nnef.quantize.statistics import InputStatistics, InputSums
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
 from torch_to_nnef.quantize.watch import Watch
 from torch_to_nnef.tensor.offload import OffloadedTensor
-from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
+from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, quantize_q40
 from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def quantize_calibrated_(
     if on_disk := [t.places[0].fqn for t in wanted if isinstance(t.tensor, OffloadedTensor)]:
         raise T2NErrorInvalidArgument(f"`{on_disk[0]}` is on disk: calibration runs the model, load it in memory first")
     packed: dict[int, QTensorTractScaleOnly] = {}
-    notes: dict[int, tuple[float | None, float]] = {}
+    notes: dict[int, dict[str, float | None]] = {}
     done, total = 0, sum(target.nbytes for target in wanted)
     sequential = sequential and cache is None
 
@@ -101,17 +101,17 @@ def quantize_calibrated_(
                 scaled, known = scales.scaled(target, statistics)
                 codes = packed_rows(scaled, encode, name, known)
                 values = scales.unscaled(target, codes.decompress())
-                notes[id(target.tensor)] = _output_snr(target, values, statistics), time.perf_counter() - began
+                seconds = time.perf_counter() - began
+                notes[id(target.tensor)] = _outputs(target, values, statistics) | {"seconds": seconds}
                 packed[id(target.tensor)] = codes
                 if sequential:
                     placed.put(target, values)
                 done += target.nbytes
     rows = []
     for target in targets:
-        snr, seconds = notes.get(id(target.tensor), (None, None))
         new = packed.get(id(target.tensor))
         how = method if isinstance(method, str) else method(target.places[0].fqn) if new is not None else ""
-        rows.append(row_of(scales.final(target), new, how, output_snr_db=snr, seconds=seconds))
+        rows.append(row_of(scales.final(target), new, how, **notes.get(id(target.tensor), {})))
     if progress:
         progress(total, total, "")
     others = apply_folds(model, scales.chosen, leave=packed)
@@ -141,13 +141,18 @@ def _walk(
     return FloatWalk(model, targets, calibration, step)
 
 
-def _output_snr(target: Target, approximate: torch.Tensor, statistics: InputStatistics | None) -> float | None:
-    if statistics is None or statistics.held_out is None:
-        return None
+def _outputs(target: Target, values: torch.Tensor, statistics: InputStatistics | None) -> dict[str, float | None]:
+    """How near the outputs for held-out inputs are, and how near plain min-max would come; nothing if none are held out."""
+    if statistics is None or (held_out := statistics.held_out) is None:
+        return {}
     exact = target.tensor.detach()
     if target.transposed:
-        exact, approximate = exact.mT, approximate.mT
-    return snr_db(*statistics.held_out.output_error(exact, approximate))
+        exact, values = exact.mT, values.mT
+    plain = quantize_q40(exact, "signed_extreme").decompress()
+    return {
+        "output_snr_db": snr_db(*held_out.output_error(exact, values)),
+        "min_max_output_snr_db": snr_db(*held_out.output_error(exact, plain)),
+    }
 
 
 class Walk:

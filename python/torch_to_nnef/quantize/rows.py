@@ -36,6 +36,10 @@ class TensorRow:
         nbytes_after: Bytes it takes now.
         output_snr_db: Signal-to-noise ratio of what it computes, dB, on calibration data held out; None without calibration.
         seconds: Time its encoding took; None if it was not.
+        code_counts: How often each of the 16 codes is used; of a large weight, on rows spread evenly over it, as the next two.
+        weight_counts: Its values in 32 bins from -4 to 4 times their root mean square.
+        min_max_snr_db: `snr_db` that plain min-max (the extreme of each group / -8) has.
+        min_max_output_snr_db: `output_snr_db` that it has, of the whole weight.
 
     """
 
@@ -54,6 +58,10 @@ class TensorRow:
     nbytes_after: int
     output_snr_db: float | None = None
     seconds: float | None = None
+    code_counts: tuple[int, ...] = ()
+    weight_counts: tuple[int, ...] = ()
+    min_max_snr_db: float | None = None
+    min_max_output_snr_db: float | None = None
 
 
 _rows: ContextVar[list[TensorRow] | None] = ContextVar("torch_to_nnef_tensor_rows", default=None)

@@ -226,7 +226,7 @@ class Replay:
     def outputs(self) -> list[Any]:
         """What the model returns on each batch, its weights being now what they are from the next block on."""
         found = []
-        for index, batch in enumerate(self._batches):
+        for index, batch in enumerate(self.batches):
             with _skipping(self._blocks[: self.at], self._kept[index] if self._kept is not None else None):
                 found.append(batch(self._model))
         return found

@@ -137,6 +137,25 @@ mod tests {
         }
 
         #[test]
+        fn combinations_of_rows_have_the_bits_of_the_oracle(x in group(), factors in group(), count in 0_usize..=GROUP_SIZE) {
+            struct Accumulate<'a>(&'a Terms, &'a Panel);
+            impl Kernel for Accumulate<'_> {
+                type Output = Vec<u32>;
+                fn run(self, isa: impl Isa) -> Vec<u32> {
+                    let mut sums = self.1[0];
+                    isa.accumulate(&mut sums, self.0, self.1);
+                    sums.iter().map(|sum| sum.to_bits()).collect()
+                }
+            }
+            let mut terms = Terms::default();
+            factors.iter().enumerate().take(count).for_each(|(row, factor)| terms.push(row, *factor));
+            let panel: Panel =
+                std::array::from_fn(|row| std::array::from_fn(|column| x[(row + 5 * column) % GROUP_SIZE]));
+            let oracle = Accumulate(&terms, &panel).run(Scalar);
+            prop_assert_eq!(dispatch(Accumulate(&terms, &panel)), oracle);
+        }
+
+        #[test]
         fn magnitudes_of_any_floats_agree(mut x in group(), at in 0_usize..GROUP_SIZE, odd in any_float()) {
             struct Magnitude(Group);
             impl Kernel for Magnitude {

@@ -1,0 +1,47 @@
+"""What a report shows of a weight beside its error: where values and codes lie, and what plain min-max would make of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from torch_to_nnef.quantize.rows import snr_db
+from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
+from torch_to_nnef.tensor.quant.compressors import NibblePacking
+from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, quantize_q40
+
+_NIBBLES = NibblePacking()
+_MOST = 1 << 20  # elements looked at
+_SPAN, _BINS = 4.0, 32
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one weight in Q40; of one with more than a million elements, of rows spread evenly over it.
+
+    code_counts: how often each of the 16 codes is used. weight_counts: weights in 32 bins from -4 to 4 times their root mean square, those
+    beyond in the outer ones. min_max_snr_db: SNR that plain min-max (extreme / -8) has, dB.
+    """
+
+    code_counts: tuple[int, ...] = ()
+    weight_counts: tuple[int, ...] = ()
+    min_max_snr_db: float | None = None
+
+
+def measures_of(rows: torch.Tensor, packed: QTensorTractScaleOnly) -> Measures:
+    """Of the float rows [N, K] that `packed` (as it is stored) stands for; nothing of a weight that is left on disk."""
+    if isinstance(rows, OffloadedTensor):
+        return Measures()
+    flat = rows.reshape(-1, math.prod(rows.shape[1:]))
+    every = max(1, math.ceil(flat.numel() / _MOST))
+    some = flat[::every].float().contiguous()
+    codes = _NIBBLES.decompress(loaded(packed.planes()[0]).view(len(flat), -1)[::every].flatten())
+    size = float(some.square().mean().sqrt()) or 1.0
+    counts = torch.histc(some.clamp(-_SPAN * size, _SPAN * size), _BINS, -_SPAN * size, _SPAN * size)
+    return Measures(
+        code_counts=tuple(torch.bincount(codes, minlength=16).tolist()),
+        weight_counts=tuple(int(count) for count in counts.tolist()),
+        min_max_snr_db=snr_db(*quantize_q40(some, "signed_extreme").squared_error(some)),
+    )
