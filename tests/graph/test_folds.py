@@ -132,6 +132,11 @@ LEGAL = {
     "one half of it": (lambda m, x: m.b(torch.cat([m.a(x), x], -1)), {**ABC, "b": lin(7, 2 * WIDTH)}, ["a.w a.b -> b.w"]),
     "the mean of tokens": (lambda m, x: m.b(m.a(x).mean(1)), ABC, ["a.w a.b -> b.w"]),
     "a layer used twice": (lambda m, x: m.b(m.a(x)) + m.b(m.a(2 * x)), ABC, ["a.w a.b -> b.w"]),
+    "only its shape is read": (
+        lambda m, x: (lambda y: m.b(y) + torch.ones_like(y))(m.a(x)),
+        ABC,
+        ["a.w a.b -> b.w"],
+    ),
     "embedding": (
         lambda m, x: m.a(m.e((x > 0.5).long().flatten(1))),
         {**ABC, "e": nn.Embedding(2, WIDTH)},

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from small_families import FAMILIES, VOCABULARY, config_of, model_of
+from tiny import TEXT, tiny_llama
 
 from torch_to_nnef.export import captured_graph
 from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import prepare
 from torch_to_nnef.llm_tract.causal import as_step
+from torch_to_nnef.llm_tract.export import export_llm
 from torch_to_nnef.llm_tract.families import step_signature
+from torch_to_nnef.llm_tract.options import LlmOptions
 from torch_to_nnef.quantize.scaling import apply_fold
 
 # Producers in a layer, of families that spell them differently.
@@ -54,3 +57,16 @@ def test_the_text_stays_as_it_is(name):
     if name in EVERY_DAY:
         made = {side.fqn.partition(".0.")[2] for fold in folds for side in fold.producers} - {""}
         assert made == set(EVERY_DAY[name].split())
+
+
+def test_scaled_inputs_of_a_checkpoint_in_tract(tmp_path):
+    """Caches are scaled with the values, and are compared too; so is a text that is generated."""
+    checkpoint = tiny_llama(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    options = LlmOptions(
+        export_dirpath=tmp_path / "out", local_dir=checkpoint, compression_method="q40_awq",
+        calibration_text=tmp_path / "text.txt", calibration_tokens=96,
+    )  # fmt: skip
+    report = export_llm(options)
+    assert report.ok
+    assert {row.method for row in report.rows if row.quantized} == {"q40_awq"}

@@ -187,6 +187,10 @@ class Factors:
         result = target(*self.concrete(args), **self.concrete(kwargs))
         return list(result) if isinstance(result, (list, tuple)) else [result]
 
+    def shaped(self, node: Node) -> list[Tensor]:
+        """Of the shape of what is read, whose values do not matter."""
+        return [torch.tensor(ONE)]
+
     def padded(self, node: Node) -> list[Tensor]:
         """Zeros around it."""
         x, widths, *rest = (*node.args, *node.kwargs.values())
@@ -350,6 +354,15 @@ def _not_followed(factors: Factors, node: Node) -> list[Tensor]:
 _Rule = Callable[[Factors, Node], list[Tensor]]
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 _CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default})
+_SHAPED = frozenset(
+    {
+        aten.empty_like.default,
+        aten.new_empty.default,
+        aten.new_zeros.default,
+        aten.ones_like.default,
+        aten.zeros_like.default,
+    }
+)
 _WHOLE = SAME | _CASTS
 _MOVES = SAME | _VIEWS | {
     aten.broadcast_to.default, aten.cat.default, aten.channel_shuffle.default, aten.chunk.default, aten.expand.default,
@@ -362,6 +375,7 @@ _MOVES = SAME | _VIEWS | {
 _RULES: Mapping[OpOverload, _Rule] = {
     **dict.fromkeys(_MOVES, Factors.moved),
     **dict.fromkeys(_CASTS, Factors.kept),
+    **dict.fromkeys(_SHAPED, Factors.shaped),
     aten.dropout.default: Factors.kept,
     aten.feature_dropout.default: Factors.kept,
     aten.relu.default: Factors.kept,
