@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ from typer import Option
 
 from torch_to_nnef.cli.outcome import outcome
 from torch_to_nnef.llm_tract.options import DtypeName, LlmOptions
+
+_WIDTH = 160
 
 
 def sensitivity(
@@ -71,4 +74,5 @@ def sensitivity(
         else:
             from rich.console import Console
 
-            Console().print(found.table())
+            # In a file or a pipe names of weights stay in one piece.
+            Console(width=None if sys.stdout.isatty() else _WIDTH).print(found.table())
