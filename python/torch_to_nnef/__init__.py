@@ -14,6 +14,7 @@ _LAZY = {
     "export_tensors_from_disk_to_nnef": "torch_to_nnef.export_tensors",
     "export_tensors_to_nnef": "torch_to_nnef.export_tensors",
     "quantize_and_verify": "torch_to_nnef.api",
+    "sensitivity": "torch_to_nnef.api",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -1,4 +1,4 @@
-"""`quantize_and_verify`: the whole way in one call."""
+"""`quantize_and_verify`: the whole way in one call; `sensitivity`: which weights it costs most."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.nnef.writer import target_path, write_archive
 from torch_to_nnef.quantize.apply import Progress, row_of
-from torch_to_nnef.quantize.budget import Budget
+from torch_to_nnef.quantize.budget import Budget, costs_of
 from torch_to_nnef.quantize.calibration import Calibration, as_batch, as_calibration
+from torch_to_nnef.quantize.costs import TensorCost
+from torch_to_nnef.quantize.judge import Measure
 from torch_to_nnef.quantize.rows import TensorRow, recording
-from torch_to_nnef.quantize.targets import Filter, Filters, Selection, Target
+from torch_to_nnef.quantize.targets import Filter, Filters, Selection, Target, Use
 from torch_to_nnef.report import Report, Totals
 from torch_to_nnef.tensor.quant import QTensor
 from torch_to_nnef.tensor.updater import ModTensorUpdater
@@ -140,6 +142,47 @@ def quantize_and_verify(
         steps=steps.taken(),
         versions={"torch": torch.__version__, "tract": tract_version, "torch_to_nnef": __version__},
     )
+
+
+def sensitivity(
+    model: nn.Module,
+    calibration: Calibration | Iterable[Any] | Path,
+    method: str | Method = "q40",
+    registry: Mapping[str, Method] = DEFAULT_COMPRESSION,
+    *,
+    tokenizer: Any = None,
+    include: Filters | None = None,
+    exclude: Filters | None = None,
+    measure: Measure | None = None,
+    uses: Mapping[str, frozenset[Use]] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Measure, list[TensorCost]]:
+    """What each weight costs alone that `method` packs: the measure, and a `TensorCost` a weight, the worst first.
+
+    `model` is as it was afterwards. It runs once for each weight on the held-out part of `calibration` (see `as_calibration`; of one batch
+    with one sample, on that).
+
+    measure: `kl` of logits or probabilities along the last axis of the first output, mean in nats; `error`, |a - b|^2 / |a|^2 of all
+        outputs; None: `kl` where the model returns `.logits` or probabilities.
+    uses: how a graph reads weights (`graph.uses.weight_uses`); None: `model` is captured on the first batch.
+    Other arguments as those of `quantize_and_verify`.
+
+    Raises what methods and capture raise, and `T2NErrorInvalidArgument` for a method that changes other weights too, as those do that
+    scale inputs or learn norms.
+    """
+    data = as_calibration(calibration, tokenizer, model)
+    choice, copied = Choice(method, registry), copy_model(model, share_weights=registry is DEFAULT_COMPRESSION)
+    if uses is None:
+        batch = data.judge[0]
+        _, graph = captured_graph(copied, prepare(copied, dict(batch.kwargs) or batch.args, None, {}))
+        uses = weight_uses(graph)
+    selection = Selection(uses, include, exclude)
+    given = data if registry is DEFAULT_COMPRESSION else calibration
+
+    def apply(kept: frozenset[str]) -> nn.Module:
+        return choice(copied, selection, calibration=given, tokenizer=tokenizer, progress=progress)
+
+    return costs_of(copied, apply, data.judge, measure, progress)
 
 
 def copy_model(model: nn.Module, share_weights: bool) -> nn.Module:

@@ -168,7 +168,7 @@ class Choice:
     registry: Mapping[str, Method] = field(default_factory=lambda: DEFAULT_COMPRESSION)
     overrides: Mapping[Any, str] = field(default_factory=dict)
     fallback: str | None = None
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         """Raises `T2NErrorInvalidArgument` for keys that there are not."""

@@ -26,7 +26,7 @@ API = {
     "tract_specific_path": None, "tract_specific_version": None, "test_display_token_gens": "-td",
     "dump_with_tokenizer_and_conf": "-dwtac", "export_dir_struct": None, "sample_generation_total_size": "-sgts",
     "no_verify": "-nv", "trust_remote_code": None, "ignore_already_exist_dir": "-iaed", "eval_text": None,
-    "tensor_type": None, "include": None, "exclude": None, "fallback": None,
+    "tensor_type": None, "include": None, "exclude": None, "fallback": None, "target_bpw": None, "max_kl": None,
     "calibration_text": None, "calibration_npz": None, "calibration_cache": None, "calibration_tokens": None,
 }  # fmt: skip
 

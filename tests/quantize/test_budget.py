@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_to_nnef import quantize_and_verify
+from torch_to_nnef import quantize_and_verify, sensitivity
 from torch_to_nnef.compress import DEFAULT_COMPRESSION, Choice
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.budget import Budget
@@ -156,6 +156,25 @@ def test_a_method_that_changes_other_weights_runs_again_for_each_measurement():
     assert len(runs) == 2
     assert {row.storage for row in rows} == {"q40", "f16"}
     assert any(isinstance(p, QTensorTractScaleOnly) for p in model.parameters())
+
+
+def test_sensitivity_leaves_the_model_and_knows_weights_by_use():
+    model = Classifier().eval()
+    before = dict(model.named_parameters())
+    measure, costs = sensitivity(model, [(IDS,)])
+    assert measure == "kl"
+    assert {cost.fqn for cost in costs} == WEIGHTS
+    assert all(p is before[n] for n, p in model.named_parameters())
+    assert sensitivity(model, [(IDS,)], measure="error", include="head")[1][0].cost != costs[0].cost
+
+
+def test_sensitivity_refuses_a_method_whose_weights_only_fit_together():
+    def learns(model: nn.Module, selection: Selection | None = None, **kw: object) -> None:
+        DEFAULT_COMPRESSION["q40"](model, selection=selection)
+        model.head.bias = nn.Parameter(model.head.bias.detach() + 1)
+
+    with pytest.raises(T2NErrorInvalidArgument, match="changes other weights too"):
+        sensitivity(Classifier().eval(), [(IDS,)], learns)
 
 
 def test_a_method_that_makes_another_model_has_no_budget():

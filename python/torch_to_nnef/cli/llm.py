@@ -102,6 +102,16 @@ def export_llm_to_tract(
         Fallback | None,
         Option("--fallback", help="Weights with rows that Q40 cannot hold: f16, error, or (default) as they are."),
     ] = LlmOptions.fallback,
+    target_bpw: Annotated[
+        float | None,
+        Option("--target-bpw", metavar="BITS", help="Keep in f16 what costs most, with so many bits a weight at most."),
+    ] = LlmOptions.target_bpw,
+    max_kl: Annotated[
+        float | None,
+        Option(
+            "--max-kl", metavar="NATS", help="Keep in f16 as little as brings the KL divergence from float to this."
+        ),
+    ] = LlmOptions.max_kl,
     calibration_text: Annotated[
         Path | None, Option("--calibration-text", help="Text file that methods learn from.")
     ] = LlmOptions.calibration_text,

@@ -17,7 +17,7 @@ from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import prepare
 from torch_to_nnef.graph.uses import weight_uses
-from torch_to_nnef.llm_tract.calibration import calibration_of, check_calibration
+from torch_to_nnef.llm_tract.calibration import calibration_of, check_calibration, judged_on
 from torch_to_nnef.llm_tract.card import model_card
 from torch_to_nnef.llm_tract.causal import Signature, as_step
 from torch_to_nnef.llm_tract.checkpoint import DTYPES, Checkpoint
@@ -33,6 +33,7 @@ from torch_to_nnef.llm_tract.texts import PROSE, QUESTION, windows
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.nnef.names import VariableNamingScheme
 from torch_to_nnef.nnef.writer import write_archive
+from torch_to_nnef.quantize.budget import Budget
 from torch_to_nnef.quantize.rows import TensorRow, recording
 from torch_to_nnef.quantize.targets import Selection
 from torch_to_nnef.report import Section, Totals
@@ -67,14 +68,14 @@ def export_llm(options: LlmOptions) -> LlmReport:
         checkpoint = Checkpoint.find(options)
         trusted, cached = options.trust_remote_code, options.force_inputs_dtype
         signature = step_signature(checkpoint.config, options.logits, trust_remote_code=trusted)
-        work = _Work(options, checkpoint, replace(signature, cached=cached and cache_dtype(cached)))
+        work = Work(options, checkpoint, replace(signature, cached=cached and cache_dtype(cached)))
         with work.steps("load"):
             work.load()
         return work.export(choice, layout)
 
 
 @dataclass
-class _Work:
+class Work:
     """An export on its way: what is known from the start, then the model, then what was found out."""
 
     options: LlmOptions
@@ -117,7 +118,7 @@ class _Work:
         original = Totals.of((), *_extent(self.model))
         with self._float_reference() as reference, recording() as rows, progress_bars() as bars:
             with self.steps("capture"):
-                captured, graph = self._capture()
+                captured, graph = self.capture()
             with self.steps("compress"):
                 if choice.methods:
                     captured, graph = self._compress(choice, captured, graph, layout, bars("compress"))
@@ -159,7 +160,8 @@ class _Work:
             steps = TorchSteps(self.model, self.signature)
             return FloatReference(steps, text, self.tokenizer, _extent(self.model)[1])
 
-    def _capture(self) -> tuple[Captured, Graph]:
+    def capture(self) -> tuple[Captured, Graph]:
+        """The graph of a step, with its symbols."""
         step = as_step(self.model, self.signature)
         axes = self.signature.dynamic_axes
         return captured_graph(step, prepare(step, self._sample(), self.signature.input_names, axes))
@@ -173,19 +175,21 @@ class _Work:
         """Apply `choice`; the capture holds as long as the modules are the same ones, whatever their weights."""
         before = _modules(self.model)
         options = self.options
+        calibration = calibration_of(options, self.model, self.tokenizer, self.signature.context)
         uses, folds = weight_uses(graph), find_folds(graph, self.signature.carried_positions)
         self.model = choice(
             self.model,
             Selection(uses, options.include or None, options.exclude or None, folds),
+            judged_on(calibration, self.tokenizer, self.signature.context) if choice.budget else (),
             tokenizer=self.tokenizer,
             export_dirpath=layout.folder,
             local_dir=self.checkpoint.folder,
             progress=progress,
-            calibration=calibration_of(options, self.model, self.tokenizer, self.signature.context),
+            calibration=calibration,
             calibration_cache=options.calibration_cache,
         )
         if _modules(self.model) != before:
-            return self._capture()
+            return self.capture()
         captured = captured.rebind(self.model)
         return captured, to_graph(captured)
 
@@ -278,7 +282,13 @@ class _Findings:
 def _choice(options: LlmOptions) -> Choice:
     """Before anything is loaded. Raises `T2NErrorInvalidArgument` for a registry or a key that is not there."""
     registry = dynamic_load_registry(options.compression_registry)
-    return Choice(options.compression_method, registry, options.overrides, options.fallback)
+    return Choice(
+        options.compression_method,
+        registry,
+        options.overrides,
+        options.fallback,
+        Budget(options.target_bpw, options.max_kl),
+    )
 
 
 def _modules(model: nn.Module) -> list[tuple[str, type[nn.Module]]]:

@@ -34,6 +34,8 @@ class LlmOptions:
     tensor_type: `PATTERN=METHOD`: the weights that a pattern matches by another method, or kept in `f16` or `f32`; the first that matches
     counts. include, exclude: patterns of the only weights, or of those not, to compress. A pattern is a glob on the name of a weight or of
     its module, or a regex between slashes. fallback: what becomes of rows that Q40 cannot hold: they stay (None), `f16`, or `error`.
+    target_bpw: most bits a weight on average, over those that are packed otherwise; max_kl: most KL(float || compressed) of the next token.
+    What costs most for its bytes then stays in f16; measured on 512 tokens of held-out calibration data, or of a built-in text.
     calibration_text: a text file (UTF-8) to learn from, its first calibration_tokens tokens; calibration_npz: instead of it, arrays
     [samples, ...] by the names of the model's inputs, such as `input_ids`. calibration_cache: a file that keeps what was learned of the
     float model's inputs; one that is there already is read, and no data is needed.
@@ -65,6 +67,8 @@ class LlmOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     fallback: Fallback | None = None
+    target_bpw: float | None = None
+    max_kl: float | None = None
     calibration_text: Path | None = None
     calibration_npz: Path | None = None
     calibration_cache: Path | None = None

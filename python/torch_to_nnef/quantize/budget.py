@@ -76,10 +76,8 @@ def quantize_within(
         try:
             costs = costs_alone(model, trial.packed_alone(), trial.judge, progress)
             order = sorted(costs, key=lambda cost: -cost.worth)
-            if budget.target_bpw is not None:
-                kept = _fitting(order, budget.target_bpw)
-            else:
-                kept = trial.fewest(order, budget.max_kl or 0.0)
+            bits, divergence = budget.target_bpw, budget.max_kl or 0.0
+            kept = trial.fewest(order, divergence) if bits is None else _fitting(order, bits)
             rows = trial.attempt(frozenset(cost.fqn for cost in kept))
         except BaseException:
             trial.restore()
@@ -89,6 +87,27 @@ def quantize_within(
     for row in rows:
         record(replace(row, method=why[row.fqn]) if row.fqn in why else row)
     return model
+
+
+def costs_of(
+    model: nn.Module,
+    apply: Apply,
+    data: Sequence[Batch],
+    measure: Measure | None = None,
+    progress: Progress | None = None,
+) -> tuple[Measure, list[TensorCost]]:
+    """What each weight that `apply` packs costs alone, the worst first, and in which measure; the model ends as it was.
+
+    Raises `T2NErrorInvalidArgument` for weights on disk, and for a method that changes other weights too.
+    """
+    refuse_offloaded(list(model.parameters()))
+    with running(model):
+        trial = _Trial(model, apply, data, measure)
+        if not trial.alone:
+            raise T2NErrorInvalidArgument(
+                "the method changes other weights too, so that none can be judged alone: take q40"
+            )
+        return trial.judge.measure, costs_alone(model, trial.packed_alone(), trial.judge, progress)
 
 
 def _fitting(order: Sequence[TensorCost], most: float) -> Sequence[TensorCost]:
@@ -127,12 +146,12 @@ class _Trial:
         changed = {name: new for name, new in now.items() if new is not self._originals[name]}
         self._new = {name: new for name, new in changed.items() if isinstance(new, QTensor)}
         self._packed = {name: new for name, new in self._new.items() if isinstance(new, QTensorTractScaleOnly)}
-        # Whether nothing but packed weights changed, so that each can be exchanged without the others.
-        self._alone = all(n in self._new or torch.equal(new, self._originals[n]) for n, new in changed.items())
+        self.alone = all(n in self._new or torch.equal(new, self._originals[n]) for n, new in changed.items())
+        """Whether nothing but packed weights changed, so that each can be exchanged without the others."""
 
     def packed_alone(self) -> Mapping[str, QTensor]:
         """Each weight as it may be put in the float model; those that only fit together are packed once more."""
-        return self._packed if self._alone else {name: self._plain(name) for name in self._packed}
+        return self._packed if self.alone else {name: self._plain(name) for name in self._packed}
 
     def _plain(self, name: str) -> QTensor:
         weight = self._originals[name].detach()
@@ -149,7 +168,7 @@ class _Trial:
     def attempt(self, kept: frozenset[str]) -> Sequence[TensorRow]:
         """Quantize all but `kept`; returns the rows."""
         self.restore()
-        return self._exchange(kept) if self._alone else self._run(kept)
+        return self._exchange(kept) if self.alone else self._run(kept)
 
     def _run(self, kept: frozenset[str]) -> Sequence[TensorRow]:
         with recording() as rows:

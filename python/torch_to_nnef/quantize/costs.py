@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class TensorCost:
     """What it costs to hold one weight packed.
 
-    cost: distance of the model's outputs from the float model's, in the measure of its `Judge`, if nothing else is quantized. elements, nbytes: of the weight, packed. added: bytes that f16 takes more. snr_db: of the weight.
+    elements, nbytes: of the weight, packed. added: bytes that f16 takes more. snr_db: of the weight.
+    cost: distance of the model's outputs from the float model's, in the measure of its `Judge`, if nothing else is quantized.
     """
 
     fqn: str
