@@ -6,9 +6,9 @@ import sys
 import time
 
 import pytest
+from tests.llm.tiny import TEXT, tiny_llama
 from typer.testing import CliRunner
 
-from tests.llm.tiny import TEXT, tiny_llama
 from torch_to_nnef.cli.main import app
 from torch_to_nnef.llm_tract.export import export_llm
 from torch_to_nnef.llm_tract.options import LlmOptions
