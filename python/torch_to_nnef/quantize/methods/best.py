@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch_to_nnef.tensor.updater import ModTensorUpdater
 
 if TYPE_CHECKING:
     from torch_to_nnef.quantize.apply import Progress
+    from torch_to_nnef.quantize.rows import TensorRow
     from torch_to_nnef.quantize.statistics import InputStatistics
     from torch_to_nnef.quantize.targets import Selection
     from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
@@ -67,23 +69,29 @@ def quantize_best(
         chosen[name] = min(errors, key=errors.__getitem__)
         return tried[chosen[name]]
 
-    fixed: dict[str, Any] = {"classes": to_quantize_module_classes, "selection": selection, "progress": progress}
-    with recording() as rows:
-        quantize_calibrated_(model, encode, data, method=lambda name: f"{method}: {chosen[name]}", **fixed)
+    def quantize(encode: Candidate, data: Calibration, how: str, beside: Mapping[str, torch.Tensor]) -> list[TensorRow]:
+        with recording() as rows:
+            quantize_calibrated_(
+                model, encode, data, classes=to_quantize_module_classes, selection=selection, progress=progress,
+                method=lambda name: f"{method}: {chosen[name]}{how}", beside=beside,
+            )  # fmt: skip
+        return rows
+
+    rows = quantize(encode, data, "", {})
     try:
         tuned = _tuned(model, floats, data, tuning_passes, progress) if tuning_passes else {}
         packed = {name: tensor for name, tensor in tuned.items() if isinstance(tensor, QTensorTractScaleOnly)}
         if tuned:  # once more, since held-out errors are others now
             _put(model, floats)
             judged = Calibration(data.held_out or data.learn, data.held_out)
-            quantize_calibrated_(
-                model, lambda rows, name, statistics: packed[name].stored, judged,
-                method=lambda name: f"{method}: {chosen[name]}, tuned", beside={n: t for n, t in tuned.items() if n not in packed}, **fixed,
-            )  # fmt: skip
+            spent = {row.fqn: row.seconds for row in rows}
+            beside = {name: tensor for name, tensor in tuned.items() if name not in packed}
+            rows = quantize(lambda rows, name, statistics: packed[name].stored, judged, ", tuned", beside)
+            rows = [replace(row, seconds=spent.get(row.fqn)) for row in rows]
     except BaseException:
         _put(model, floats)
         raise
-    for row in rows if not tuned else ():
+    for row in rows:
         record(row)
     return model
 
