@@ -189,6 +189,18 @@ def test_methods_of_ours_learn_from_batches_a_loader_or_texts(model, tmp_path, f
     assert by_name["hidden.weight"].output_snr_db is None
 
 
+def test_what_was_learned_is_kept_in_a_file(model, tmp_path):
+    rows = torch.randint(12, (5, 1, 4), generator=torch.Generator().manual_seed(0))
+    cache = tmp_path / "cache.npz"
+    first = run(model, tmp_path / "a.nnef", "q40_gptq", calibration=rows.unbind(), calibration_cache=cache)
+    again = run(model, tmp_path / "b.nnef", "q40_gptq", calibration_cache=cache)
+    assert [(r.fqn, r.output_snr_db) for r in first.rows] == [(r.fqn, r.output_snr_db) for r in again.rows]
+    with pytest.raises(T2NErrorInvalidArgument, match="q40 takes no calibration_cache"):
+        run(model, tmp_path / "c.nnef", "q40", calibration_cache=cache)
+    with pytest.raises(T2NErrorInvalidArgument, match="learns from calibration data: pass calibration="):
+        run(model, tmp_path / "c.nnef", "q40_gptq", calibration_cache=tmp_path / "none.npz")
+
+
 def test_a_method_that_learns_says_that_it_needs_data(model, tmp_path):
     with pytest.raises(T2NErrorInvalidArgument, match="learns from calibration data: pass calibration="):
         run(model, tmp_path / "m.nnef", "q40_gptq")

@@ -88,10 +88,10 @@ def quantize_and_verify(
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
     choice = Choice(method, registry, overrides or {}, fallback, Budget(target_bpw, max_kl))
-    reads_cache = calibration_cache is not None and any(takes(m, "calibration_cache") for m in choice.methods)
-    if calibration_cache is not None and not reads_cache:
+    if calibration_cache is not None and not any(takes(m, "calibration_cache") for m in choice.methods):
         raise T2NErrorInvalidArgument(f"{_name(method)} takes no calibration_cache")
-    if calibration is None and not reads_cache and any(map(needs_calibration, choice.methods)):
+    cached = calibration_cache is not None and calibration_cache.exists()
+    if calibration is None and not cached and any(map(needs_calibration, choice.methods)):
         as_calibration(None)  # raises
     original, model = model, eager(model)
     if inplace and model is not original:

@@ -80,3 +80,14 @@ def test_what_is_only_looked_up_is_scale_searched(method):
     plain = quantize_q40(model[0].weight.detach())
     call_method(DEFAULT_COMPRESSION[method], model, calibration=[torch.arange(16)] * 2)
     assert model[0].weight.is_identical(plain)
+
+
+@pytest.mark.parametrize("method", ["q40_imatrix", "q40_gptq", "q40_awq", "q40_awq_gptq"])
+def test_a_cache_stands_for_the_data_it_was_made_of(method, tmp_path):
+    given = {"calibration": [_images(seed) for seed in range(5)], "calibration_cache": tmp_path / "cache.npz"}
+    first = call_method(DEFAULT_COMPRESSION[method], _net(), **given)
+    again = call_method(DEFAULT_COMPRESSION[method], _net(), calibration_cache=given["calibration_cache"])
+    own = call_method(DEFAULT_COMPRESSION[method], _net(), calibration=given["calibration"], sequential=False)
+    for index in (0, 3):
+        assert first[index].weight.is_identical(again[index].weight)
+        assert first[index].weight.is_identical(own[index].weight)

@@ -34,7 +34,7 @@ def measures_of(rows: torch.Tensor, packed: QTensorTractScaleOnly) -> Measures:
     """Of the float rows [N, K] that `packed` (as it is stored) stands for; nothing of a weight that is left on disk."""
     if isinstance(rows, OffloadedTensor):
         return Measures()
-    flat = rows.reshape(-1, math.prod(rows.shape[1:]))
+    flat = rows.detach().reshape(-1, math.prod(rows.shape[1:]))
     every = max(1, math.ceil(flat.numel() / _MOST))
     some = flat[::every].float().contiguous()
     codes = _NIBBLES.decompress(loaded(packed.planes()[0]).view(len(flat), -1)[::every].flatten())

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.quantize.calibrated import quantize_calibrated_
-from torch_to_nnef.quantize.calibration import as_calibration
+from torch_to_nnef.quantize.float_statistics import calibration_unless_cached
 from torch_to_nnef.quantize.methods.gptq import encode_gptq
 from torch_to_nnef.quantize.methods.imatrix import encode_imatrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import nn
 
@@ -29,6 +30,7 @@ def quantize_awq(
     progress: Progress | None = None,
     method: str = "q40_awq",
     sequential: bool = True,
+    calibration_cache: Path | None = None,
     encode: CalibratedEncode = encode_imatrix,
     **kw: Any,
 ) -> nn.Module:
@@ -46,6 +48,7 @@ def quantize_awq(
         progress: `(done, total, name)`.
         method: Name shown in reports.
         sequential: Inputs are those that the weights quantized before give.
+        calibration_cache: See `quantize_gptq`.
         encode: Of the scaled weights.
         **kw: Arguments of the registry call that this method does not need.
 
@@ -54,15 +57,22 @@ def quantize_awq(
         T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond the range of Q40.
 
     """
-    data = as_calibration(calibration, tokenizer, model)
+    data = calibration_unless_cached(calibration, tokenizer, model, calibration_cache)
     if selection is None or not selection.folds:
         LOGGER.warning("%s: no inputs are scaled, since the graph has no place that takes up a factor", method)
     return quantize_calibrated_(
         model, encode, data, classes=to_quantize_module_classes, selection=selection, method=method, progress=progress,
-        sequential=sequential, scaling=encode_imatrix,
+        sequential=sequential, cache=calibration_cache, scaling=encode_imatrix,
     )  # fmt: skip
 
 
-def quantize_awq_gptq(model: nn.Module, method: str = "q40_awq_gptq", calibration: Any = None, **kw: Any) -> nn.Module:
+def quantize_awq_gptq(
+    model: nn.Module,
+    calibration: Any = None,
+    calibration_cache: Path | None = None,
+    method: str = "q40_awq_gptq",
+    **kw: Any,
+) -> nn.Module:
     """`quantize_awq`, with GPTQ as the encoder."""
-    return quantize_awq(model, calibration=calibration, method=method, encode=encode_gptq, **kw)
+    data = {"calibration": calibration, "calibration_cache": calibration_cache}
+    return quantize_awq(model, **data, method=method, encode=encode_gptq, **kw)
