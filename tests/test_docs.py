@@ -82,7 +82,7 @@ def test_tutorial_on_methods_runs(here):
     names = {"__name__": "tutorial"}
     run_tutorial("docs/tutorials/your_own_method.md", names)
     assert names["report"].ok
-    assert {p.name for p in here.glob("out_*")} == {"out_searched", "out_ggml"}
+    assert {p.name for p in here.glob("out_*")} == {"out_searched", "out_ggml", "out_weighed"}
 
 
 @pytest.fixture(scope="module")
