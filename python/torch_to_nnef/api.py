@@ -50,7 +50,7 @@ def quantize_and_verify(
     include: Filters | None = None,
     exclude: Filters | None = None,
     overrides: Mapping[Filter, str] | None = None,
-    fallback: Literal["f16", "error"] | None = None,
+    fallback: Literal["f16", "pad", "error"] | None = None,
     target_bpw: float | None = None,
     max_kl: float | None = None,
     input_names: Sequence[str] | None = None,
@@ -71,7 +71,8 @@ def quantize_and_verify(
     calibration_cache: a file that keeps what was learned of the float model, for methods that take one; if it is there, it is read, and no
     calibration is needed.
     include, exclude: fqn globs, regexes or `(module, fqn) -> bool`; overrides: filter -> another key of `registry`,
-        or `f16` or `f32`; the first that matches counts. fallback: what becomes of weights whose rows Q40 cannot hold (None: as they are).
+        or `f16` or `f32`; the first that matches counts. fallback: what becomes of weights whose rows Q40 cannot hold (None: as they are;
+        `pad`: zeros behind them, where what reads them allows it).
     target_bpw: most bits a weight on average, over those that are packed otherwise; max_kl: most KL(float || quantized) of the outputs, as
         logits or probabilities along their last axis. What costs most for its bytes stays in f16; measured on held-out calibration data,
         or on `args`.

@@ -160,7 +160,8 @@ class Choice:
     method: a key of `registry`, a callable with the signature of its values, or None: weights stay as they are.
     registry: name -> method. Beside its keys there are `f16` (`keep_half`) and `f32` (left as it is).
     overrides: filter -> key; of several that match a weight, the first counts.
-    fallback: what becomes of weights with rows that Q40 cannot hold: None, they stay as they are; `f16`; or `error`.
+    fallback: what becomes of weights with rows that Q40 cannot hold: None, they stay as they are; `f16`; `pad`, zeros behind
+        them, where what reads them allows it; or `error`.
     budget: what quantization may cost: weights that cost more for their bytes than others stay in f16.
     """
 
@@ -177,8 +178,8 @@ class Choice:
                 raise T2NErrorInvalidArgument(
                     f"no quantization method {key!r}; the registry has {sorted(self.registry)}, beside f16 and f32"
                 )
-        if self.fallback not in (None, "f16", "error"):
-            raise T2NErrorInvalidArgument(f"fallback is None, 'f16' or 'error': got {self.fallback!r}")
+        if self.fallback not in (None, "f16", "pad", "error"):
+            raise T2NErrorInvalidArgument(f"fallback is None, 'f16', 'pad' or 'error': got {self.fallback!r}")
 
     def __call__(
         self, model: nn.Module, selection: Selection, judged_on: Sequence[Batch] = (), **extras: Any
@@ -201,6 +202,7 @@ class Choice:
         return quantize_within(self.budget, model, apply, judged_on, extras.get("progress"))
 
     def _quantized(self, model: nn.Module, selection: Selection, extras: Mapping[str, Any]) -> nn.Module:
+        selection = replace(selection, pad=self.fallback == "pad")
         if self.fallback == "error":
             _refuse_rows(find_targets(model, DEFAULT_CLASSES, selection))
         excluded = [*as_filters(selection.exclude or ())]

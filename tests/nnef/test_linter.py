@@ -14,6 +14,7 @@ from torch_to_nnef.tensor.quant import quantize_q40
 X = Ref("x", (2, 64), torch.float32)
 W = Ref("w", (64, 64), torch.float32, "w")
 STACK, NARROW = Ref("w", (2, 32, 64), torch.float32, "w"), Ref("w", (2, 64, 16), torch.float32, "w")
+CUT = Ref("w", (64, 60), torch.float32, "w")  # of rows of 60, with zeros behind them in the archive
 POINT = Ref("w", (64, 64, 1, 1), torch.float32, "w")
 
 
@@ -50,6 +51,7 @@ ILLEGAL = [
     ("deconv", (X, W), {}),
     ("tract_core_gather", (W, X), {"axis": 0}),
     ("tract_core_gather", (W, X), {"axis": 1, "datum_type": "f32"}),
+    ("tract_core_gather", (CUT, X), {"axis": 0, "datum_type": "f32"}),
     ("transpose", (W,), {"axes": [1, 0]}),
     ("slice", (W,), {"axes": [0]}),
     ("tract_core_cast", (W,), {"to": "f16"}),

@@ -100,7 +100,10 @@ def export_llm_to_tract(
     ] = None,
     fallback: Annotated[
         Fallback | None,
-        Option("--fallback", help="Weights with rows that Q40 cannot hold: f16, error, or (default) as they are."),
+        Option(
+            "--fallback",
+            help="Weights with rows that Q40 cannot hold: f16, pad (with zeros), error, or (default) as they are.",
+        ),
     ] = LlmOptions.fallback,
     target_bpw: Annotated[
         float | None,

@@ -12,7 +12,7 @@ from torch_to_nnef.inference_target import TractCheckTolerance, TractNNEF
 DtypeName = Literal["f32", "f16", "bf16"]
 NamingScheme = Literal["raw", "natural_verbose", "natural_verbose_camel", "numeric"]
 DirStruct = Literal["deep", "flat"]
-Fallback = Literal["f16", "error"]
+Fallback = Literal["f16", "pad", "error"]
 DEFAULT_REGISTRY = "torch_to_nnef.compress.DEFAULT_COMPRESSION"
 
 
@@ -33,7 +33,8 @@ class LlmOptions:
     None: weights stay as they are.
     tensor_type: `PATTERN=METHOD`: the weights that a pattern matches by another method, or kept in `f16` or `f32`; the first that matches
     counts. include, exclude: patterns of the only weights, or of those not, to compress. A pattern is a glob on the name of a weight or of
-    its module, or a regex between slashes. fallback: what becomes of rows that Q40 cannot hold: they stay (None), `f16`, or `error`.
+    its module, or a regex between slashes. fallback: what becomes of rows that Q40 cannot hold: they stay (None), `f16`, `pad`,
+    zeros behind them where what reads them allows it, or `error`.
     target_bpw: most bits a weight on average, over those that are packed otherwise; max_kl: most KL(float || compressed) of the next token.
     What costs most for its bytes then stays in f16; measured on 512 tokens of held-out calibration data, or of a built-in text.
     calibration_text: a text file (UTF-8) to learn from, its first calibration_tokens tokens; calibration_npz: instead of it, arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 
@@ -118,6 +119,8 @@ def lint(document: Document) -> None:
                 continue
             rule = RULES.get(statement.operator)
             fault = f"{statement.operator} has no kernel for packed weights" if rule is None else rule(statement, ref)
+            if ref.fqn is not None and math.prod(ref.shape) != packed[ref.id].tensor.numel():
+                fault = f"{statement.operator} would read the zeros behind its rows"
             if ref.transposed:
                 fault = f"{statement.operator} takes its transpose, but its groups run along the other axis"
             if fault:

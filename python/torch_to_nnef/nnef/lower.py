@@ -18,7 +18,7 @@ from torch_to_nnef.op.dtypes import check_storable
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.registry import table
 from torch_to_nnef.op.statement import Ref, Statement, Unavailable, Variable
-from torch_to_nnef.tensor.quant import QTensorHalf, QTensorTractTransposed
+from torch_to_nnef.tensor.quant import QTensorHalf, QTensorTractScaleOnly, QTensorTractTransposed
 from torch_to_nnef.torch_internals import OpOverload, pytree
 
 # Handlers of these take f16 weights in any model: tract would cast one beyond 4 MiB at each run.
@@ -185,7 +185,7 @@ class _Lowering:
         if id(tensor) not in self.variables:
             fqn = self.first_fqn[id(tensor)]
             stored = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
-            stored = stored.stored if isinstance(stored, QTensorTractTransposed) else stored
+            stored = stored.stored if isinstance(stored, QTensorTractScaleOnly) else stored
             stored = stored.halves() if isinstance(stored, QTensorHalf) else stored
             self.variables[id(tensor)] = Variable(self.names.unique(fqn), fqn, stored)
         if isinstance(tensor, QTensorHalf):

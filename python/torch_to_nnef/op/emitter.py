@@ -17,7 +17,7 @@ from torch_to_nnef.op.dtypes import check_storable, tract_dtype
 from torch_to_nnef.op.sizes import size
 from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 from torch_to_nnef.tensor.chunks import rows_of
-from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly
+from torch_to_nnef.tensor.quant import QTensor, QTensorTractPadded, QTensorTractScaleOnly
 from torch_to_nnef.torch_internals import pytree
 
 Scalar = int | float | bool
@@ -144,6 +144,13 @@ class Emitter:
         """Whether `ref` is a weight that stays packed in the archive."""
         return ref.fqn is not None and isinstance(self._weights(ref.fqn), QTensor)
 
+    def with_padding(self, weight: Ref) -> tuple[Ref, int]:
+        """A matrix as it is stored, and how many zeros its packed rows have behind them."""
+        held = self._weights(weight.fqn) if weight.fqn is not None else None
+        if not isinstance(held, QTensorTractPadded):
+            return weight, 0
+        return replace(weight, shape=held.stored_shape), held.stored_shape[1] - held.shape[1]
+
     def is_laid_out_each_run(self, ref: Ref) -> bool:
         """Whether tract lays out `ref` for its kernels at every run, as it does with a large constant that has several readers.
 
@@ -163,6 +170,12 @@ class Emitter:
         if self.is_quantized(weight) and maker is not None and maker.operator in _JOINS:
             return self.apart(x)
         return x
+
+    def zeros_behind(self, x: Ref, count: int) -> Ref:
+        """`x` with `count` zeros at the end of its last axis."""
+        shape = (*x.shape[:-1], x.shape[-1] + count)
+        sides = [*[(0, 0)] * (x.rank - 1), (0, count)]
+        return self.op("pad", x, out=shape, hint="padded", padding=sides, border="constant", value=0.0)
 
     def apart(self, x: Ref) -> Ref:
         """`x` as it is, behind an operator that changes nothing and that no rewrite of tract looks through."""

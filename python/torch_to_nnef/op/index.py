@@ -23,6 +23,7 @@ MASKS = (torch.bool, torch.uint8)
 def rows(e: Emitter, weight: Ref, indices: Ref) -> Ref:
     """Rows of a weight (V, D), packed or not, at `indices`."""
     width = weight.shape[-1]
+    weight, zeros = e.with_padding(weight)
     if e.is_laid_out_each_run(weight) and width > 1:
         halves = [e.slice(weight, 1, start, stop - start) for start, stop in pairwise((0, width // 2, width))]
         shape = (*indices.shape, width)
@@ -32,7 +33,12 @@ def rows(e: Emitter, weight: Ref, indices: Ref) -> Ref:
     # tract has to be told the dtype of what comes out of packed blocks.
     unpacked: dict[str, Any] = {"datum_type": "f32", "dtype": torch.float32} if e.is_quantized(weight) else {}
     shape = (*indices.shape, *weight.shape[1:])
-    return e.cast(e.op("tract_core_gather", weight, indices, out=shape, axis=0, **unpacked), weight.dtype)
+    found = e.op("tract_core_gather", weight, indices, out=shape, axis=0, **unpacked)
+    if zeros:
+        # No slice: tract 0.23.9 moves that in front of the gather, and panics on packed rows (optim/slice.rs).
+        columns = e.constant(torch.arange(width), "columns")
+        found = e.op("tract_core_gather", found, columns, out=(*indices.shape, width), axis=indices.rank)
+    return e.cast(found, weight.dtype)
 
 
 @lowers(aten.embedding.default)

@@ -30,6 +30,9 @@ def affine(e: Emitter, input: Ref, weight: Ref, bias: Ref | None) -> Ref:
     repeated = e.before_broadcast(input)
     if repeated.shape != input.shape:
         return e.broadcast_to(affine(e, repeated, weight, bias), shape)
+    weight, zeros = e.with_padding(weight)
+    if zeros:
+        input = e.zeros_behind(input, zeros)
     input = e.beside(weight, input)
     batch = AXES[: input.rank - 1]
     row = "n" if weight.rank == 2 else ""

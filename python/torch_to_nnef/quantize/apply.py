@@ -16,6 +16,7 @@ from torch_to_nnef.quantize.rows import TensorRow, record, weight_error
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QTensor
+from torch_to_nnef.tensor.quant.padded import QTensorTractPadded, padded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
 from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
@@ -82,6 +83,8 @@ def quantize_(
 def packed_rows(target: Target, encode: Callable[..., QTensorTractScaleOnly], *known: object) -> QTensorTractScaleOnly:
     """What `encode(rows [N, K], *known)` makes of a weight, in the shape of the weight."""
     weight = target.tensor.detach()
+    if target.padding:
+        return QTensorTractPadded.of(encode(padded(weight), *known), weight.shape[1])
     return encode(weight.mT, *known).transposed() if target.transposed else encode(weight, *known)
 
 
@@ -148,6 +151,8 @@ def row_of(
         seconds=seconds if packed is not None else None,
     )
     now = packed if packed is not None else tensor
+    if isinstance(now, QTensorTractPadded):
+        method = f"{method}, rows padded {now.shape[1]} -> {now.stored_shape[1]}"
     if not isinstance(now, QTensor):
         return make(
             storage=_STORAGE.get(now.dtype, str(now.dtype).removeprefix("torch.")), bits_per_weight=8.0 *

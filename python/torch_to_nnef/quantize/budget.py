@@ -20,6 +20,7 @@ from torch_to_nnef.quantize.rows import TensorRow, record, recording
 from torch_to_nnef.quantize.targets import Target
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.half import WIDE, as_half
+from torch_to_nnef.tensor.quant.padded import QTensorTractPadded, padded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed, quantize_q40
 from torch_to_nnef.tensor.updater import ModTensorUpdater
 
@@ -157,6 +158,8 @@ class _Trial:
         weight = self._originals[name].detach()
         if isinstance(self._packed[name], QTensorTractTransposed):
             return quantize_q40(weight.mT, name=name).transposed()
+        if isinstance(self._packed[name], QTensorTractPadded):
+            return QTensorTractPadded.of(quantize_q40(padded(weight), name=name), weight.shape[1])
         return quantize_q40(weight, name=name)
 
     def restore(self) -> None:

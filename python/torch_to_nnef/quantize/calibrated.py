@@ -17,6 +17,7 @@ from torch_to_nnef.quantize.activation import ActivationScaling
 from torch_to_nnef.quantize.apply import Progress, packed_rows, put_packed, row_of
 from torch_to_nnef.quantize.calibration import Calibration
 from torch_to_nnef.quantize.float_statistics import FloatWalk, StatisticsFile, cached
+from torch_to_nnef.quantize.folds import Fold
 from torch_to_nnef.quantize.rows import snr_db
 from torch_to_nnef.quantize.scaling import apply_folds
 from torch_to_nnef.quantize.sequence import Order, Replay, Stage, order_of
@@ -89,7 +90,7 @@ def quantize_calibrated_(
 
     with running(model), _Placed(model, beside if sequential else {}) as placed:
         walk = _walk(model, wanted, calibration, placed if sequential else None, cache, say)
-        folds = selection.folds if selection and scaling else ()
+        folds = _folds(selection, wanted) if selection and scaling else ()
         scales = ActivationScaling(model, folds, wanted, scaling or encode, encode)
         for group in walk.groups():
             statistics = walk.statistics(group) if isinstance(group, Stage) else None
@@ -99,7 +100,7 @@ def quantize_calibrated_(
                 name, began = target.places[0].fqn, time.perf_counter()
                 say(name)
                 scaled, known = scales.scaled(target, statistics)
-                codes = packed_rows(scaled, encode, name, known)
+                codes = packed_rows(scaled, encode, name, None if target.padding else known)
                 values = scales.unscaled(target, codes.decompress())
                 seconds = time.perf_counter() - began
                 notes[id(target.tensor)] = _outputs(target, values, statistics) | {"seconds": seconds}
@@ -121,6 +122,12 @@ def quantize_calibrated_(
         others.undo()
         raise
     return model
+
+
+def _folds(selection: Selection, targets: Sequence[Target]) -> list[Fold]:
+    """Those that touch no padded weight."""
+    padded = {place.fqn for target in targets if target.padding for place in target.places}
+    return [f for f in selection.folds if not any(s.fqn in padded for s in (*f.producers, *f.consumers))]
 
 
 def _walk(

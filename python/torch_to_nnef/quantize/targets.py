@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import cache
@@ -20,6 +20,7 @@ from torch import nn
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.folds import Fold
 from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QTensor
+from torch_to_nnef.tensor.quant.padded import row_padding
 from torch_to_nnef.tensor.quant.qtract import q40_shape_reason
 from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
@@ -54,6 +55,7 @@ _CLASS_USE: tuple[tuple[type[nn.Module], Use], ...] = (
 )
 # Elements from which a parameter is worth a row in a report.
 _LARGE = 1024
+_Q40_BITS = 4.5
 _LEGAL = frozenset({Use.LINEAR, Use.MATMUL, Use.EXPERTS, Use.CONV, Use.EMBEDDING})
 
 
@@ -68,6 +70,7 @@ class Selection:
         include: Only weights that match; None for all.
         exclude: Not weights that match.
         folds: Where the captured graph lets inputs of weights be scaled.
+        pad: Quantize matrices too whose rows need zeros behind them, where their readers allow it and f16 is not smaller.
 
     A filter is a glob (on the name of the weight or of its module), a regex (compiled, or as text between slashes; searched in the
     name of the weight), or a callable `(module, name of the weight) -> bool`; a list matches if one of its filters does.
@@ -78,6 +81,7 @@ class Selection:
     include: Filters | None = None
     exclude: Filters | None = None
     folds: Sequence[Fold] = ()
+    pad: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Target:
         places: Where the model holds it.
         reason: Why it cannot be quantized; None if it can.
         transposed: Whether its transpose is to be quantized, since groups run along the axis that is summed.
+        padding: Zeros to put behind each of its rows.
 
     """
 
@@ -96,6 +101,7 @@ class Target:
     places: tuple[Place, ...]
     reason: str | None
     transposed: bool = False
+    padding: int = 0
 
     @property
     def has_wrong_rows(self) -> bool:
@@ -163,11 +169,24 @@ def find_targets(
             continue
         excluded = selection.exclude is not None and _matches(selection.exclude, places)
         reason = "excluded by the caller" if excluded else _reason(tensor, uses)
-        targets.append(Target(tensor, places, reason, transposed=Use.MATMUL in (uses or ())))
+        target = Target(tensor, places, reason, transposed=Use.MATMUL in (uses or ()))
+        if selection.pad and target.has_wrong_rows and _may_be_padded(target, uses):
+            target = replace(target, reason=None, padding=row_padding(tensor.shape[1]))
+        targets.append(target)
     if selection.include is not None and not targets:
         names = ", ".join(c.__name__ for c in wanted)
         raise T2NErrorInvalidArgument(f"include={selection.include!r} selects none of the weights of {names} modules")
     return targets
+
+
+def _may_be_padded(target: Target, uses: frozenset[Use] | None) -> bool:
+    """Whether all that reads it can do with zeros behind its rows, and these take less than f16 without them."""
+    shape = target.tensor.shape
+    reads = bool(uses) and uses is not None and uses <= {Use.LINEAR, Use.EMBEDDING}
+    recurrent = any(isinstance(p.module, (nn.RNNBase, nn.RNNCellBase)) for p in target.places)
+    if not reads or recurrent or len(shape) != 2 or not shape.numel():
+        return False
+    return _Q40_BITS * (shape[1] + row_padding(shape[1])) < 16 * shape[1]
 
 
 def _is_large(tensor: torch.Tensor, places: Sequence[Place]) -> bool:

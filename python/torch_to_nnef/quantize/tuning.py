@@ -17,6 +17,7 @@ from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.calibration import Batch, Calibration
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16
 from torch_to_nnef.tensor.quant.compressors import GROUP
+from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
 from torch_to_nnef.tensor.updater import ModTensorUpdater
 from torch_to_nnef.torch_internals import pytree
@@ -44,6 +45,8 @@ class _Scales:
     def weight(self) -> torch.Tensor:
         """f32, in the shape of the weight."""
         values = (self._scale * (1 + self.change) * self._codes).reshape(self.packed.stored_shape)
+        if isinstance(self.packed, QTensorTractPadded):
+            return values[:, : self.packed.shape[1]]
         return values if tuple(self.packed.shape) == tuple(self.packed.stored_shape) else values.mT
 
     def repacked(self) -> QTensorTractScaleOnly:

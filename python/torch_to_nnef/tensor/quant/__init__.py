@@ -5,6 +5,7 @@ import torch as _torch
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor, _build, stored_nbytes
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking, U8Compressor
 from torch_to_nnef.tensor.quant.half import F16, QTensorHalf, as_half
+from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import (
     QTensorTract,
     QTensorTractScaleOnly,
@@ -27,6 +28,7 @@ __all__ = [
     "QTensor",
     "QTensorHalf",
     "QTensorTract",
+    "QTensorTractPadded",
     "QTensorTractScaleOnly",
     "QTensorTractTransposed",
     "U8Compressor",
@@ -48,6 +50,7 @@ _torch.serialization.add_safe_globals(
         QTensor,
         QTensorTractScaleOnly,
         QTensorTractTransposed,
+        QTensorTractPadded,
         QTensorHalf,
         F16,
         QScalePerGroupF16,

@@ -162,10 +162,11 @@ class QTensorTractScaleOnly(QTensorTract):
             raise T2NErrorInconsistentTensor(
                 f"Q40 is QScalePerGroupF16 with groups of {GROUP} and 4 bits: got {self.qscheme}"
             )
-        n_packed = self.numel() // 2 if self.u8_compressors == _PACKING else self.u8_blob.numel()
+        numel = prod(self.stored_shape)
+        n_packed = numel // 2 if self.u8_compressors == _PACKING else self.u8_blob.numel()
         if (
             q40_shape_reason(self.stored_shape)
-            or self.qscheme.scale.numel() * GROUP != self.numel()
+            or self.qscheme.scale.numel() * GROUP != numel
             or self.u8_blob.numel() != n_packed
         ):
             raise T2NErrorInconsistentTensor(

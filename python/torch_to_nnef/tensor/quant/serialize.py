@@ -20,6 +20,7 @@ from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
 from torch_to_nnef.tensor.quant.half import F16, QTensorHalf
+from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _KEY = "torch_to_nnef"
 _CLASSES: dict[str, type[QTensor]] = {
-    c.__name__: c for c in (QTensor, QTensorTractScaleOnly, QTensorTractTransposed, QTensorHalf)
+    c.__name__: c for c in (QTensor, QTensorTractScaleOnly, QTensorTractTransposed, QTensorTractPadded, QTensorHalf)
 }
 _SCHEMES: dict[str, type[QScheme]] = {"QScalePerGroupF16": QScalePerGroupF16, "F16": F16}
 _COMPRESSORS = {c.__name__: c for c in (NibblePacking, BitPacking, Lzma, Huffman)}
