@@ -34,7 +34,10 @@ from torch_to_nnef.quantize.targets import Filter, Filters, Selection, Target, U
 from torch_to_nnef.report import Report, Totals
 from torch_to_nnef.tensor.quant import QTensor
 from torch_to_nnef.tensor.updater import ModTensorUpdater
+from torch_to_nnef.tract_model import TractModel
 from torch_to_nnef.verify import Comparison, compare_models
+from torch_to_nnef.verify.compare import as_array
+from torch_to_nnef.verify.metrics import Form, Metrics, fitting, kind_of, measure
 
 
 def quantize_and_verify(
@@ -129,7 +132,12 @@ def quantize_and_verify(
         with steps("verify"):
             archive = check(plan, beside, unchanged, target.check_io_tolerance) if target.check_io else ()
         with steps("compare with float"):
-            quantization = _cost(plan, reference if inplace else original, work, target) if method is not None else ()
+            quantization = _cost(plan, reference if inplace else original, work, target) if choice.methods else ()
+            metrics = (
+                _metrics(plan, reference if inplace else original, work, data, beside if archive else None)
+                if choice.methods
+                else None
+            )
     rows = _rows(recorded, reference, work, _name(method))
     return Report(
         model=type(model).__name__,
@@ -140,6 +148,7 @@ def quantize_and_verify(
         totals=_totals(rows, work),
         quantization=quantization,
         archive=archive,
+        metrics=metrics,
         steps=steps.taken(),
         versions={"torch": torch.__version__, "tract": tract_version, "torch_to_nnef": __version__},
     )
@@ -219,6 +228,25 @@ def _cost(plan: Plan, reference: nn.Module, quantized: nn.Module, target: TractN
     with eval_mode(reference), eval_mode(quantized):
         sides = plan.runner(reference), plan.runner(quantized)
         return compare_models(*sides, plan.input_sets(), plan.document.outputs, target.check_io_tolerance)
+
+
+def _metrics(plan: Plan, reference: nn.Module, quantized: nn.Module, data: Any, archive: Path | None) -> Metrics:
+    """On batches held out of the calibration, where the graph takes them, else on the sample inputs."""
+    held_out = data.held_out if isinstance(data, Calibration) else ()
+    batches = [tensors for batch in held_out if (tensors := fitting(plan.inputs, batch)) is not None]
+    described = f"{len(batches)} held-out batches" if batches else "the sample inputs"
+    forms = {"float torch": _form(plan, reference), "quantized torch": _form(plan, quantized)}
+    if archive is not None:
+        tract, first = TractModel.load(archive), plan.document.outputs[0]
+        forms["archive in tract"] = lambda tensors: torch.from_numpy(tract.run(*map(as_array, tensors))[first])
+    with eval_mode(reference), eval_mode(quantized), torch.no_grad():
+        kind = kind_of(plan.graph, weight_uses(plan.graph))
+        return measure(kind, batches or [plan.inputs.tensors], described, forms)
+
+
+def _form(plan: Plan, model: nn.Module) -> Form:
+    run = plan.runner(model)
+    return lambda tensors: run(list(tensors))[0]
 
 
 def _rows(

@@ -68,7 +68,9 @@ def test_padded_is_the_first_columns_of_what_is_stored(weight, dtype):
     signal, noise = q.squared_error(weight)
     assert signal == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
     assert noise == pytest.approx(float((q.decompress() - weight).double().square().sum()), rel=1e-2, abs=1e-12)
-    assert torch.equal(q @ torch.ones(weight.shape[1], dtype=dtype), q.decompress() @ torch.ones(weight.shape[1], dtype=dtype))
+    assert torch.equal(
+        q @ torch.ones(weight.shape[1], dtype=dtype), q.decompress() @ torch.ones(weight.shape[1], dtype=dtype)
+    )
 
 
 def test_it_stays_what_it_is(tmp_path):

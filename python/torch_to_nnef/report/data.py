@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch_to_nnef.quantize.rows import TensorRow
     from torch_to_nnef.verify import Comparison
+    from torch_to_nnef.verify.metrics import Metrics
 
 
 class Section(NamedTuple):
@@ -71,6 +72,7 @@ class Report:
     archive_bytes: size of the archive on disk. rows: a row for every tensor that was asked for, quantized or not.
     quantization: float torch against quantized torch, what quantization costs; reported, never judged.
     archive: quantized torch against tract, whether the archive is right; empty when it was not checked.
+    metrics: float torch, quantized torch and the archive in tract in the terms of the model's kind; None if nothing was to be quantized.
     steps: (name, seconds). versions: name -> version. sections: further tables, shown at the end.
     """
 
@@ -82,9 +84,15 @@ class Report:
     totals: Totals
     quantization: "tuple[Comparison, ...]" = ()
     archive: "tuple[Comparison, ...]" = ()
+    metrics: "Metrics | None" = None
     steps: tuple[tuple[str, float], ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     sections: tuple[Section, ...] = ()
+
+    @property
+    def tables(self) -> tuple[Section, ...]:
+        """The metrics, then `sections`."""
+        return self.sections if self.metrics is None else (Section(*self.metrics.table()), *self.sections)
 
     @property
     def verified(self) -> bool:

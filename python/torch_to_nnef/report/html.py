@@ -43,7 +43,7 @@ def fragment(report: "Report") -> str:
         weights=_weights(report.rows),
         charts=_charts(report.rows),
         skipped=_skipped(report.rows),
-        sections="".join(_section(s.title, "", _table(s.header, s.rows)) for s in report.sections),
+        sections="".join(_section(s.title, "", _table(s.header, s.rows)) for s in report.tables),
         steps=_steps(report),
         versions=escape(", ".join(f"{name} {version}" for name, version in report.versions.items())),
     )

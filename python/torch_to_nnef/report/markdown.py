@@ -24,7 +24,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield f"**{word}**: {_text(sentence)}"
     yield from _table(("", ""), words.facts(report))
-    for section in report.sections:
+    for section in report.tables:
         yield from _section(section.title, "", section.header, section.rows)
     if report.quantization:
         yield from _comparison(words.QUANTIZATION_TITLE, words.QUANTIZATION_NOTE, report.quantization)

@@ -44,7 +44,7 @@ def view(report: "Report", width: int) -> Iterator[RenderableType]:
         yield from _comparison(words.QUANTIZATION_TITLE, words.QUANTIZATION_NOTE, report.quantization, judged=False)
     if report.archive:
         yield from _comparison(words.archive_title(report), words.ARCHIVE_NOTE, report.archive, judged=True)
-    for section in report.sections:
+    for section in report.tables:
         yield from _titled(section.title, "", _filled(section.header, section.rows))
     if report.steps:
         yield from _titled(
