@@ -27,6 +27,7 @@ PAGES = [
         "docs/llm_families.md",
         "docs/calibration.md",
         "docs/quality.md",
+        "docs/tutorials/q40_for_networks.md",
         "docs/tutorials/your_own_method.md",
     )
 ]
@@ -38,11 +39,15 @@ def blocks(language, page="README.md"):
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-def run_tutorial(page, names):
-    """Run a page in the current folder. A block of Python that begins with `# name.py` is added to that file; a block of text behind
-    one that ran is what it printed, numbers to 5 %; a line of sh is a command of ours."""
-    printed = ""
-    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+def run_tutorial(page, names, end=None):
+    """Run a page, up to the heading `end`, in the current folder.
+
+    A block of Python that begins with `# name.py` is added to that file; a block of text behind one that ran is what it printed, numbers
+    to 5 %; a line of sh is a command of ours.
+    """
+    text, printed = (ROOT / page).read_text(), ""
+    text = text[: text.index(end)] if end else text
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         if language == "text":
             same_but_for_rounding(printed, block)
         elif language == "sh":
@@ -83,6 +88,11 @@ def test_tutorial_on_methods_runs(here):
     run_tutorial("docs/tutorials/your_own_method.md", names)
     assert names["report"].ok
     assert {p.name for p in here.glob("out_*")} == {"out_searched", "out_ggml", "out_weighed"}
+
+
+@pytest.mark.parametrize("end", ["## An encoder", pytest.param(None, marks=pytest.mark.slow)])
+def test_tutorial_on_networks_runs(here, end):
+    run_tutorial("docs/tutorials/q40_for_networks.md", {"__name__": "tutorial"}, end)
 
 
 @pytest.fixture(scope="module")

