@@ -107,7 +107,7 @@ def test_rows_that_q40_cannot_hold_have_a_fallback(model, tmp_path):
         ({"overrides": {"wide": "q41"}}, "no quantization method 'q41'"),
         ({"overrides": {"absent": "f16"}}, "absent"),
         ({"overrides": {"/(/": "f16"}}, "is not a regex"),
-        ({"fallback": "q8"}, "fallback is None, 'f16' or 'error'"),
+        ({"fallback": "q8"}, "fallback is None, 'f16', 'pad' or 'error'"),
     ],
 )
 def test_choices_that_cannot_be_are_refused(model, tmp_path, options, words):

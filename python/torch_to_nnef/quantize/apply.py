@@ -150,9 +150,9 @@ def row_of(
         min_max_output_snr_db=min_max_output_snr_db,
         seconds=seconds if packed is not None else None,
     )
-    now = packed if packed is not None else tensor
+    now, rows = packed if packed is not None else tensor, tensor.mT if target.transposed else tensor
     if isinstance(now, QTensorTractPadded):
-        method = f"{method}, rows padded {now.shape[1]} -> {now.stored_shape[1]}"
+        method, rows = f"{method}, rows padded {now.shape[1]} -> {now.stored_shape[1]}", padded(tensor)
     if not isinstance(now, QTensor):
         return make(
             storage=_STORAGE.get(now.dtype, str(now.dtype).removeprefix("torch.")), bits_per_weight=8.0 *
@@ -162,7 +162,7 @@ def row_of(
     snr_db, relative_rmse = (None, None) if packed is None else weight_error(tensor, packed)
     measures = {}
     if isinstance(packed, QTensorTractScaleOnly):
-        measures = vars(measures_of(tensor.mT if target.transposed else tensor, packed.stored))
+        measures = vars(measures_of(rows, packed.stored))
     return make(
         storage=now.storage_name, bits_per_weight=8.0 * now.packed_nbytes / max(1, now.numel()), method=method if packed
         is not None else None, snr_db=snr_db, relative_rmse=relative_rmse, quantized=True,

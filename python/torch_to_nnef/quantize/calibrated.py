@@ -153,9 +153,9 @@ def _outputs(target: Target, values: torch.Tensor, statistics: InputStatistics |
     if statistics is None or (held_out := statistics.held_out) is None:
         return {}
     exact = target.tensor.detach()
+    plain = packed_rows(target, quantize_q40, "signed_extreme").decompress()
     if target.transposed:
-        exact, values = exact.mT, values.mT
-    plain = quantize_q40(exact, "signed_extreme").decompress()
+        exact, values, plain = exact.mT, values.mT, plain.mT
     return {
         "output_snr_db": snr_db(*held_out.output_error(exact, values)),
         "min_max_output_snr_db": snr_db(*held_out.output_error(exact, plain)),
