@@ -34,7 +34,7 @@ def test_the_native_stub_is_what_the_module_has(tmp_path):
     # Names for types that only the stub needs.
     allowed = tmp_path / "allowed"
     allowed.write_text(
-        "".join(f"torch_to_nnef._native.{name}\n" for name in ("Bytes", "Encoder", "FloatName", "__all__"))
+        "".join(f"torch_to_nnef._native.{name}\n" for name in ("Bytes", "Encoder", "FloatName", "Floats", "__all__"))
     )
     command = [
         sys.executable,
