@@ -12,7 +12,8 @@ from torch_to_nnef.quantize.calibrated import quantize_calibrated_
 from torch_to_nnef.quantize.calibration import as_calibration
 from torch_to_nnef.quantize.methods.best import CANDIDATES, quantize_best
 from torch_to_nnef.quantize.rows import recording
-from torch_to_nnef.tensor.quant import QTensor, quantize_q40
+from torch_to_nnef.quantize.tuning import Tuned
+from torch_to_nnef.tensor.quant import QScalePerGroupF16, QTensor, QTensorTractScaleOnly, quantize_q40
 
 CLASSES = (nn.Linear, nn.Conv1d)
 
@@ -79,6 +80,29 @@ def test_it_beats_what_needs_no_data_and_is_verified_in_tract(model, tmp_path):
     assert error(model, work) < 0.5 * error(model, plain)
     assert all(row.method.startswith("q40_best: ") and row.output_snr_db > 15 for row in report.rows)
     assert len({row.fqn for row in report.rows}) == len(report.rows) == 3
+    assert all(row.output_snr_db >= row.min_max_output_snr_db for row in report.rows)
+
+
+def test_tuning_that_leaves_a_weight_worse_than_min_max_is_undone(model, monkeypatch):
+    """As if learned scales were far off: everything is as without tuning."""
+    work, plain = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"calibration": data(10), "to_quantize_module_classes": CLASSES}
+    quantize_best(plain, tuning_passes=0, **options)
+
+    def spoiled(model, *_, **__):
+        weight = model.mix.weight.detach()
+        scheme = QScalePerGroupF16(32, weight.qscheme.scale * 1.5, 4)
+        shape, codecs = weight.shape, weight.u8_compressors
+        wrong = QTensorTractScaleOnly.from_packed(weight.u8_blob, shape, scheme, weight.dtype, codecs)
+        others = {n: p.detach() for n, p in model.named_parameters() if isinstance(p, QTensor)}
+        return Tuned(1.0, 0.5, {**others, "mix.weight": wrong, "norm.bias": torch.ones(64)})
+
+    monkeypatch.setattr("torch_to_nnef.quantize.methods.best.tune", spoiled)
+    with recording() as rows:
+        quantize_best(work, **options)
+    assert all(not row.method.endswith("tuned") for row in rows)
+    assert work.mix.weight.is_identical(plain.mix.weight)
+    assert torch.equal(work.norm.bias, model.norm.bias)
 
 
 def test_an_interrupt_while_tuning_leaves_the_model_as_it_was(model, monkeypatch):

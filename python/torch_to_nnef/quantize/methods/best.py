@@ -55,7 +55,7 @@ def quantize_best(
 
     The budget is stated in work, not in seconds, so that results do not depend on the machine: every candidate is tried on every weight,
     and tuning goes `tuning_passes` times over the calibration, a training step in f32 each batch. What is learned is kept if held-out
-    outputs come closer to the float model's; norms and biases are learned too.
+    outputs come closer to the float model's and no weight is left with more held-out error than min-max; norms and biases are learned too.
 
     Arguments and errors are those of `quantize_gptq`; `tuning_passes=0` leaves tuning out.
     """
@@ -82,18 +82,28 @@ def quantize_best(
         tuned = _tuned(model, floats, data, tuning_passes, progress) if tuning_passes else {}
         packed = {name: tensor for name, tensor in tuned.items() if isinstance(tensor, QTensorTractScaleOnly)}
         if tuned:  # once more, since held-out errors are others now
+            untuned = dict(model.named_parameters())
             _put(model, floats)
             judged = Calibration(data.held_out or data.learn, data.held_out)
             spent = {row.fqn: row.seconds for row in rows}
             beside = {name: tensor for name, tensor in tuned.items() if name not in packed}
-            rows = quantize(lambda rows, name, statistics: packed[name].stored, judged, ", tuned", beside)
-            rows = [replace(row, seconds=spent.get(row.fqn)) for row in rows]
+            after = quantize(lambda rows, name, statistics: packed[name].stored, judged, ", tuned", beside)
+            if worse := [row.fqn for row in after if _is_worse(row)]:
+                LOGGER.info("tuning undone: it leaves `%s` with more error than min-max", worse[0])
+                _put(model, untuned)
+            else:
+                rows = [replace(row, seconds=spent.get(row.fqn)) for row in after]
     except BaseException:
         _put(model, floats)
         raise
     for row in rows:
         record(row)
     return model
+
+
+def _is_worse(row: TensorRow) -> bool:
+    known = row.output_snr_db is not None and row.min_max_output_snr_db is not None
+    return known and (row.output_snr_db or 0.0) < (row.min_max_output_snr_db or 0.0)
 
 
 def _error(rows: torch.Tensor, packed: QTensorTractScaleOnly, statistics: InputStatistics | None) -> float:
