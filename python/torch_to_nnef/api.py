@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +28,7 @@ from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.nnef.writer import target_path, write_archive
 from torch_to_nnef.quantize.apply import Progress, row_of
 from torch_to_nnef.quantize.budget import Budget, costs_of
-from torch_to_nnef.quantize.calibration import Calibration, as_batch, as_calibration
+from torch_to_nnef.quantize.calibration import Batch, Calibration, as_batch, as_calibration
 from torch_to_nnef.quantize.costs import TensorCost
 from torch_to_nnef.quantize.judge import Measure
 from torch_to_nnef.quantize.rows import TensorRow, recording
@@ -183,9 +185,7 @@ def sensitivity(
     data = as_calibration(calibration, tokenizer, model)
     choice, copied = Choice(method, registry), copy_model(model, share_weights=registry is DEFAULT_COMPRESSION)
     if uses is None:
-        batch = data.judge[0]
-        _, graph = captured_graph(copied, prepare(copied, dict(batch.kwargs) or batch.args, None, {}))
-        uses = weight_uses(graph)
+        uses = _uses(copied, data.judge[0])
     selection = Selection(uses, include, exclude)
     given = data if registry is DEFAULT_COMPRESSION else calibration
 
@@ -193,6 +193,22 @@ def sensitivity(
         return choice(copied, selection, calibration=given, tokenizer=tokenizer, progress=progress)
 
     return costs_of(copied, apply, data.judge, measure, progress)
+
+
+def _uses(model: nn.Module, batch: Batch) -> dict[str, frozenset[Use]]:
+    """How the graph of `model` on a batch reads its weights; arguments that are no tensors are part of the graph."""
+    named = inspect.signature(model.forward).bind(*batch.args, **batch.kwargs).arguments if batch.kwargs else {}
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    fixed = {name: value for name, value in named.items() if name not in tensors}
+    forward = vars(model).get("forward")
+    model.forward = functools.partial(model.forward, **fixed)
+    try:
+        _, graph = captured_graph(model, prepare(model, tensors or batch.args, None, {}))
+    finally:
+        del model.forward
+        if forward is not None:
+            model.forward = forward
+    return weight_uses(graph)
 
 
 def copy_model(model: nn.Module, share_weights: bool) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from torch_to_nnef.exceptions import T2NErrorMissingOpEmitter, T2NErrorNotImplemented
+from torch_to_nnef.graph.experts import routed_experts
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.names import Names, VariableNamingScheme
@@ -22,7 +23,7 @@ from torch_to_nnef.tensor.quant import QTensorHalf, QTensorTractScaleOnly, QTens
 from torch_to_nnef.torch_internals import OpOverload, pytree
 
 # Handlers of these take f16 weights in any model: tract would cast one beyond 4 MiB at each run.
-_TAKE_HALVES = frozenset({torch.ops.aten.linear.default, torch.ops.aten.embedding.default})
+_TAKE_HALVES = frozenset({torch.ops.aten.linear.default, torch.ops.aten.embedding.default, routed_experts})
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class _Lowering:
             stored = stored.halves() if isinstance(stored, QTensorHalf) else stored
             self.variables[id(tensor)] = Variable(self.names.unique(fqn), fqn, stored)
         if isinstance(tensor, QTensorHalf):
-            return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), torch.float16)
+            return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), torch.float16, fqn)
         transposed = isinstance(tensor, QTensorTractTransposed)
         return Ref(self.variables[id(tensor)].id, tuple(tensor.shape), tensor.dtype, fqn, transposed)
 

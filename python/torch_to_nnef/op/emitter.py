@@ -17,7 +17,7 @@ from torch_to_nnef.op.dtypes import check_storable, tract_dtype
 from torch_to_nnef.op.sizes import size
 from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 from torch_to_nnef.tensor.chunks import rows_of
-from torch_to_nnef.tensor.quant import QTensor, QTensorTractPadded, QTensorTractScaleOnly
+from torch_to_nnef.tensor.quant import QTensor, QTensorHalf, QTensorTractPadded, QTensorTractScaleOnly, stored_nbytes
 from torch_to_nnef.torch_internals import pytree
 
 Scalar = int | float | bool
@@ -107,6 +107,7 @@ class Emitter:
     def rows(self, weight: Ref, start: int, length: int, name: str) -> Ref:
         """Some rows of a weight, or of each matrix in a stack of them, stored on their own as `name`: tract cuts no packed weight."""
         tensor, stop = self._weights(weight.fqn or ""), start + length
+        tensor = tensor.halves() if isinstance(tensor, QTensorHalf) else tensor
         cut = tensor.rows if isinstance(tensor, QTensorTractScaleOnly) else partial(rows_of, tensor)
         part = cut(start, stop)
         label = f"{weight.fqn}.{name}"
@@ -142,7 +143,8 @@ class Emitter:
 
     def is_quantized(self, ref: Ref) -> bool:
         """Whether `ref` is a weight that stays packed in the archive."""
-        return ref.fqn is not None and isinstance(self._weights(ref.fqn), QTensor)
+        held = None if ref.fqn is None else self._weights(ref.fqn)
+        return isinstance(held, QTensor) and not isinstance(held, QTensorHalf)
 
     def with_padding(self, weight: Ref) -> tuple[Ref, int]:
         """A matrix as it is stored, and how many zeros its packed rows have behind them."""
@@ -158,7 +160,7 @@ class Emitter:
         """
         if ref.fqn not in self._shared or self.is_quantized(ref):
             return False
-        return self._weights(ref.fqn).nbytes > _FOLDED_BYTES
+        return stored_nbytes(self._weights(ref.fqn)) > _FOLDED_BYTES
 
     def beside(self, weight: Ref, x: Ref) -> Ref:
         """`x` as the other operand of `weight`.

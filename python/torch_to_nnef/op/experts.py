@@ -20,7 +20,7 @@ def routed(e: Emitter, x: Ref, router: Ref, gate_up: Ref, down: Ref, k: int, gat
     width = down.shape[2]
     halves = [e.rows(gate_up, start, width, name) for start, name in ((0, "gate"), (width, "up"))]
     return e.op(
-        "tract_moe_ffn", x, router, halves[0], down, halves[1],
+        "tract_moe_ffn", x, e.cast(router, x.dtype), halves[0], down, halves[1],
         out=x.shape, k=k, activation=activation, gate=gate, expert_layout="linear",
     )  # fmt: skip
 
