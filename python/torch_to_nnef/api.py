@@ -256,13 +256,15 @@ def _metrics(plan: Plan, reference: nn.Module, quantized: nn.Module, data: Any, 
         tract, first = TractModel.load(archive), plan.document.outputs[0]
         forms["archive in tract"] = lambda tensors: torch.from_numpy(tract.run(*map(as_array, tensors))[first])
     with eval_mode(reference), eval_mode(quantized), torch.no_grad():
-        kind = kind_of(plan.graph, weight_uses(plan.graph))
-        return measure(kind, batches or [plan.inputs.tensors], described, forms)
+        kind, axis = kind_of(plan.graph, weight_uses(plan.graph))
+        return measure(kind, batches or [plan.inputs.tensors], described, forms, axis)
 
 
 def _form(plan: Plan, model: nn.Module) -> Form:
     run = plan.runner(model)
-    return lambda tensors: run(list(tensors))[0]
+    return lambda tensors: torch.from_numpy(
+        as_array(run(list(tensors))[0])
+    )  # complex values as pairs, as tract has them
 
 
 def _rows(

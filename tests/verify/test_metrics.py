@@ -79,6 +79,35 @@ def test_tokens_in_and_as_many_classes_as_embeddings_are_a_language_model(tmp_pa
     assert report.to_dict()["metrics"]["rows"][1]["kl"] > 0
 
 
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        (lambda x: x.sum().sigmoid(), "chances"),
+        (lambda x: x.argmax(-1), "choices"),
+        (lambda x: torch.fft.fft(x), "values"),  # pairs in the archive
+    ],
+)
+def test_scalars_choices_and_complex_values_are_measured_too(tmp_path, end, kind):
+    metrics = report_of(Head(end), torch.randn(8, 64), tmp_path).metrics
+    assert metrics.kind == kind
+    quantized, tract = metrics.rows[1:]
+    value = {"chances": "kl", "choices": "top1_same", "values": "relative_error"}[kind]
+    assert getattr(tract, value) == pytest.approx(getattr(quantized, value), rel=1e-2, abs=1e-9)
+    if kind == "choices":
+        assert quantized.relative_error is None
+
+
+def test_classes_are_along_the_axis_of_the_softmax(tmp_path):
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    by_axis = [
+        report_of(Head(end), x, tmp_path, force=True).metrics.rows[1]
+        for end in (lambda x: x[:, :, None].softmax(dim=1), lambda x: x.softmax(-1))
+    ]
+    assert by_axis[0].kl == pytest.approx(by_axis[1].kl, rel=1e-4)
+    assert by_axis[0].kl > 1e-6
+    assert by_axis[0].top1_same == by_axis[1].top1_same
+
+
 def test_held_out_batches_are_what_it_is_measured_on(tmp_path):
     batches = [torch.randn(4, 64, generator=torch.Generator().manual_seed(i)) for i in range(10)]
     x = torch.randn(2, 64)
@@ -122,6 +151,9 @@ def test_certain_outcomes_have_a_finite_divergence():
     for kind in ("probabilities", "chances"):
         rows = measure(kind, [[sure]], "", {"a": lambda _: sure, "b": lambda _: sure}).rows
         assert rows[1].kl == pytest.approx(0.0, abs=1e-9)
+    nearly = torch.tensor([[1.0, 1e-42]])  # which the other rounds to 0
+    row = measure("probabilities", [[sure]], "", {"a": lambda _: nearly, "b": lambda _: sure}).rows[1]
+    assert row.kl == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_model_that_is_not_quantized_has_no_metrics(tmp_path):

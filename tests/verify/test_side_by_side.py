@@ -1,6 +1,7 @@
 """Two archives on the same inputs, in Python and by `t2n compare`."""
 
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -77,7 +78,7 @@ def test_the_command_says_so_by_its_exit_code(archives, tmp_path):
         (["--size", "X=2"], "no input has a symbol X; there are B, S"),
         (["--size", "B"], "expected SYMBOL=N"),
         (["--npz", "absent.npz"], "no inputs at"),
-        (["--npz", __file__], "holds no arrays"),
+        (["--npz", __file__], "is not an .npz file"),
     ],
 )
 def test_inputs_that_cannot_be_are_errors(archives, args, words):
@@ -103,6 +104,36 @@ def test_random_inputs_fit_and_are_the_same_each_time():
     assert all(np.array_equal(one[name], two[name]) for name in one)
     with pytest.raises(T2NErrorInvalidArgument, match=r"S\+P.*--npz"):
         random_inputs((Fact("x", "float32", ("S+P",)),), {})
+
+
+def test_json_has_no_numbers_that_are_not_json(archives, tmp_path):
+    path, broken = archives / "float.nnef.tgz", tmp_path / "broken.npz"
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    read = json.loads(run(path, path, "--json").stdout, parse_constant=refuse)
+    assert float(read["outputs"][0]["snr_db"]) == math.inf
+    np.savez_compressed(broken, ids=np.zeros((1, 2), np.int64))
+    broken.write_bytes(broken.read_bytes()[:-40])
+    result = run(path, path, "--npz", broken)
+    assert (result.exit_code, "is not an .npz file" in result.stderr) == (2, True)
+
+
+def test_masked_logits_and_none_at_all_have_no_nan():
+    def model(logits):
+        facts = (Fact("logits", "float32", logits.shape),)
+        return SimpleNamespace(inputs=(), outputs=facts, weight_bytes=0, run=lambda: {"logits": logits})
+
+    exact = np.random.default_rng(0).standard_normal((2, 40)).astype(np.float32)
+    exact[:, 30:] = -np.inf
+    other = np.where(exact > -np.inf, exact + np.linspace(0, 1, 40, dtype=np.float32), -np.inf)
+    found = side_by_side(model(exact), model(other), {}, APPROXIMATE).divergences["logits"]
+    kept = side_by_side(model(exact[:, :30]), model(other[:, :30]), {}, APPROXIMATE).divergences["logits"]
+    assert found.kl_mean == pytest.approx(kept.kl_mean)
+    assert found.kl_mean > 0
+    none = model(exact[:0])
+    assert side_by_side(none, none, {}, APPROXIMATE).divergences == {}
 
 
 def test_only_the_widest_output_may_be_logits():

@@ -47,7 +47,9 @@ def compare(
         inputs = random_inputs(a.inputs, _sizes(size or [])) if npz is None else _arrays(npz)
         found = side_by_side(a, b, inputs, tolerance)
         if as_json:
-            print(json.dumps(found.to_dict()))
+            from torch_to_nnef.report.data import plain
+
+            print(json.dumps(plain(found.to_dict()), allow_nan=False))
         else:
             from rich.console import Console
 
@@ -68,15 +70,12 @@ def _sizes(texts: list[str]) -> dict[str, int]:
 
 
 def _arrays(path: Path) -> dict[str, Any]:
-    import numpy as np
+    from torch_to_nnef.quantize.calibration import opened_npz
 
     if not path.is_file():
         raise T2NErrorNotFoundFile(f"no inputs at {str(path)!r}")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (ValueError, OSError, EOFError) as error:
-        raise T2NErrorInvalidArgument(f"{str(path)!r} holds no arrays: {error}") from error
+    with opened_npz(path) as arrays:
+        return dict(arrays)
 
 
 def _table(found: SideBySide, first: str, second: str) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ def opened_npz(path: Path) -> Iterator[Mapping[str, np.ndarray[Any, Any]]]:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             yield file
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, T2NError):
             raise
         raise T2NErrorInvalidArgument(f"{str(path)!r} is not an .npz file of plain arrays: {error}") from error

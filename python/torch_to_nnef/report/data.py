@@ -115,8 +115,8 @@ class Report:
         head = {"ok": self.ok, "verified": self.verified, "archive_name": self.archive_path.name}
         steps = [{"name": name, "seconds": seconds} for name, seconds in self.steps]
         sections = [section._asdict() for section in self.sections]
-        plain: dict[str, Any] = _plain(head | data | {"totals": totals, "steps": steps, "sections": sections})
-        return plain
+        everything: dict[str, Any] = plain(head | data | {"totals": totals, "steps": steps, "sections": sections})
+        return everything
 
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write `to_dict()` to `path`, replacing it whole. Raises `T2NErrorRuntime` when it cannot be written."""
@@ -140,14 +140,15 @@ class Report:
         return html.fragment(self)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON types: data classes with their verdicts, non-finite numbers as text that `float()` reads."""
     if dataclasses.is_dataclass(value):
         properties = {"ok": value.ok} if hasattr(value, "ok") else {}
-        return _plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)} | properties)
+        return plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)} | properties)
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Enum):
         return value.value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from torch_to_nnef.graph.ir import Graph
     from torch_to_nnef.quantize.calibration import Batch
 
-Kind = Literal["logits", "probabilities", "log-probabilities", "chances", "values"]
+Kind = Literal["logits", "probabilities", "log-probabilities", "chances", "choices", "values"]
 Form = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """A form of the model: flat inputs to its first output."""
 aten = torch.ops.aten
+_TINY = torch.finfo(torch.float32).tiny
 _BY_LAST_CALL: Mapping[Any, Kind] = {
     aten.softmax.int: "probabilities",
     aten._softmax.default: "probabilities",
@@ -33,27 +34,35 @@ TITLES: Mapping[Kind, str] = {
     "probabilities": "probabilities",
     "log-probabilities": "probabilities",
     "chances": "chances, each of yes or no",
+    "choices": "choices",
     "values": "values",
 }
 
 
-def kind_of(graph: Graph, uses: Mapping[str, frozenset[Use]]) -> Kind:
-    """What the first output is, by the call that makes it; logits if tokens come in and there are as many classes as embeddings."""
+def kind_of(graph: Graph, uses: Mapping[str, frozenset[Use]]) -> tuple[Kind, int]:
+    """What the first output is, by the call that makes it, and the axis of its classes.
+
+    Logits if tokens come in and there are as many classes as embeddings; choices if it is integers or booleans.
+    """
     output = graph.outputs[0]
+    if not (output.dtype.is_floating_point or output.dtype.is_complex):
+        return "choices", -1
     maker = next((node for node in graph.nodes if any(value.name == output.name for value in node.outputs)), None)
     if maker is not None and maker.target in _BY_LAST_CALL:
-        return _BY_LAST_CALL[maker.target]
+        given = dict(zip((argument.name for argument in maker.target._schema.arguments), maker.args, strict=False))
+        return _BY_LAST_CALL[maker.target], {**given, **maker.kwargs}.get("dim", -1)
     tables = {graph.tensors[fqn].shape[0] for fqn, use in uses.items() if Use.EMBEDDING in use}
     takes_tokens = any(not value.dtype.is_floating_point for value in graph.inputs)
-    return "logits" if takes_tokens and output.shape and output.shape[-1] in tables else "values"
+    return "logits" if takes_tokens and output.shape and output.shape[-1] in tables else "values", -1
 
 
 @dataclass(frozen=True)
 class MetricRow:
     """Of one form of the model, means over all inputs, against the float model.
 
-    kl: KL(float || this) in nats, of each distribution or each chance. top1_same: share with the same likeliest class.
-    perplexity: of the next token. cosine, relative_error: of the vectors along the last axis; |a - b|^2 / |a|^2 of all values.
+    kl: KL(float || this) in nats, of each distribution or each chance. top1_same: share with the same likeliest class; of
+    choices, share that are equal. perplexity: of the next token. cosine: of the vectors along the last axis. relative_error: |a - b|^2 /
+    |a|^2 of all values.
     None where the kind of the output has no such thing.
     """
 
@@ -89,16 +98,21 @@ class Metrics:
         return title, tuple(kept), tuple(zip(*kept.values(), strict=True))
 
 
-def measure(kind: Kind, inputs: Sequence[Sequence[torch.Tensor]], described: str, forms: Mapping[str, Form]) -> Metrics:
-    """The first of `forms` is the float model, which the others are measured against; each runs once on each of `inputs`."""
+def measure(
+    kind: Kind, inputs: Sequence[Sequence[torch.Tensor]], described: str, forms: Mapping[str, Form], axis: int = -1
+) -> Metrics:
+    """The first of `forms` is the float model, which the others are measured against; each runs once on each of `inputs`.
+
+    axis: of the classes. Outputs are real; a scalar counts as a vector of one.
+    """
     (reference, exact), *others = forms.items()
     sums = {name: _Sums() for name in forms}
     for tensors in inputs:
-        wanted = exact(tensors).double()
+        wanted = _classes_last(exact(tensors), axis)
         tokens = next((t for t in tensors if not t.is_floating_point() and t.shape == wanted.shape[:-1]), None)
         sums[reference].add_perplexity(kind, wanted, tokens)
         for name, form in others:
-            found = form(tensors).double()
+            found = _classes_last(form(tensors), axis)
             sums[name].add_perplexity(kind, found, tokens)
             sums[name].add(kind, wanted, found)
     return Metrics(kind, described, tuple(total.row(name) for name, total in sums.items()))
@@ -127,15 +141,18 @@ class _Sums:
         self._sums: dict[str, tuple[float, float]] = {}
 
     def add(self, kind: Kind, wanted: torch.Tensor, found: torch.Tensor) -> None:
+        if kind == "choices":
+            self._count("top1_same", float((wanted == found).sum()), wanted.numel())
+            return
         if kind == "values":
             self._count("relative_error", float((found - wanted).square().sum()), float(wanted.square().sum()))
-            if wanted.dim() and wanted.shape[-1] > 1:
+            if wanted.shape[-1] > 1:
                 angles = functional.cosine_similarity(wanted, found, dim=-1)
                 self._count("cosine", float(angles.sum()), angles.numel())
             return
         divergences = _DIVERGENCES[kind](wanted, found)
         self._count("kl", float(divergences.sum()), divergences.numel())
-        if wanted.shape[-1] > 1:
+        if wanted.shape[-1] > 1 and (kind != "chances" or wanted.dim() <= 2):  # the last axis of a map is no classes
             same = wanted.argmax(-1) == found.argmax(-1)
             self._count("top1_same", float(same.sum()), same.numel())
 
@@ -155,8 +172,12 @@ class _Sums:
         return MetricRow(name, **means)
 
 
+def _classes_last(output: torch.Tensor, axis: int) -> torch.Tensor:
+    return torch.atleast_1d(output.double()).movedim(axis, -1)
+
+
 def _of_log(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    gaps = torch.where(wanted > -torch.inf, wanted.exp() * (wanted - found), 0)
+    gaps = torch.where(wanted.exp() > 0, wanted.exp() * (wanted - found), 0)
     return gaps.sum(-1).clamp_min(0)  # below 0 by rounding only
 
 
@@ -168,7 +189,8 @@ def _of_chances(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
 
 _DIVERGENCES: Mapping[Kind, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "logits": lambda wanted, found: _of_log(wanted.log_softmax(-1), found.log_softmax(-1)),
-    "probabilities": lambda wanted, found: _of_log(wanted.log(), found.log()),
+    # a probability of 0 is a rounded one
+    "probabilities": lambda wanted, found: _of_log(wanted.log(), found.clamp_min(_TINY).log()),
     "log-probabilities": _of_log,
     "chances": _of_chances,
 }

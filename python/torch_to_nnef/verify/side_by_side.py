@@ -120,7 +120,7 @@ def _same(what: str, first: tuple[Fact, ...], second: tuple[Fact, ...]) -> None:
 
 def _may_be_logits(output: OutputComparison, outputs: Sequence[OutputComparison]) -> bool:
     """Whether its last axis may be classes: of many, and more than any other output has in its last axis."""
-    if output.reason is not None or len(output.shape) < 2 or "float" not in output.dtype:
+    if output.reason is not None or len(output.shape) < 2 or 0 in output.shape or "float" not in output.dtype:
         return False
     others = [other.shape[-1] for other in outputs if other is not output and other.shape]
     return output.shape[-1] >= max(_CLASSES, *(count + 1 for count in others), 0)
@@ -137,7 +137,10 @@ def _timed(model: TractModel, inputs: Arrays) -> tuple[dict[str, NDArray[Any]], 
 
 def _divergence(reference: NDArray[Any], actual: NDArray[Any]) -> Divergence:
     p, q = (_log_softmax(logits.reshape(-1, logits.shape[-1])) for logits in (reference, actual))
-    gaps = (np.exp(p) * (p - q)).sum(1).clip(0)  # below 0 by rounding only
+    possible = np.exp(p) > 0  # elsewhere 0 log 0 is 0
+    gaps = (
+        (np.exp(p) * np.subtract(p, q, where=possible, out=np.zeros_like(p))).sum(1).clip(0)
+    )  # below 0 by rounding only
     return Divergence(float(gaps.mean()), float(gaps.max()), float((p.argmax(1) == q.argmax(1)).mean()))
 
 
