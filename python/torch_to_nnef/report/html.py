@@ -19,7 +19,8 @@ _PAGE = Template(
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     '<meta name="color-scheme" content="light dark">\n'
-    "<title>$title</title>\n<style>html, body { margin: 0; background: Canvas; }</style>\n</head>\n"
+    "<title>$title</title>\n<style>html, body { margin: 0; background: #ffffff; }\n"
+    "@media (prefers-color-scheme: dark) { html, body { background: #12161d; } }</style>\n</head>\n"
     "<body>\n$fragment</body>\n</html>\n"
 )
 

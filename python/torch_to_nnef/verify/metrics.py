@@ -173,7 +173,7 @@ class _Sums:
 
 
 def _classes_last(output: torch.Tensor, axis: int) -> torch.Tensor:
-    return torch.atleast_1d(output.double()).movedim(axis, -1)
+    return (output if output.dim() else output[None]).double().movedim(axis, -1)
 
 
 def _of_log(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
