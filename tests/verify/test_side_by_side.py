@@ -70,6 +70,10 @@ def test_the_command_says_so_by_its_exit_code(archives, tmp_path):
     (llm / "model").mkdir(parents=True)
     (llm / "model" / "model.nnef.tgz").write_bytes(paths[0].read_bytes())
     assert run(llm, paths[0]).exit_code == 0
+    (llm / "tests").mkdir()
+    (llm / "tests" / "prompt_with_past_inputs.npz").write_bytes((tmp_path / "in.npz").read_bytes())
+    for options, shape in ([], [1, 2, 24]), (["--size", "B=2"], [2, 3, 24]):
+        assert json.loads(run(llm, paths[0], *options, "--json").stdout)["outputs"][0]["shape"] == shape
 
 
 @pytest.mark.parametrize(

@@ -14,18 +14,26 @@ from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotFoundFi
 from torch_to_nnef.inference_target import TractCheckTolerance
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from torch_to_nnef.verify.side_by_side import SideBySide
 
 _WIDTH = 160
 _IN_LLM_FOLDERS = ("model/model.nnef.tgz", "model.nnef.tgz")
+_LLM_INPUTS = ("tests/prompt_with_past_inputs.npz", "prompt_with_past_inputs.npz")
 
 
 def compare(
     first: Annotated[Path, Argument(help="The reference: an archive, or a folder of t2n_export_llm_to_tract.")],
     second: Annotated[Path, Argument(help="What is compared with it.")],
-    npz: Annotated[Path | None, Option(help="Inputs by name; none: random ones, the same each time.")] = None,
+    npz: Annotated[
+        Path | None,
+        Option(
+            help="Inputs by name; none: a language model's own test of a prompt with a past, else random ones, the same each time."
+        ),
+    ] = None,
     size: Annotated[
         list[str] | None, Option(metavar="SYMBOL=N", help="Of a symbol of random inputs; repeat it. Others are 3.")
     ] = None,
@@ -44,6 +52,8 @@ def compare(
         from torch_to_nnef.verify.side_by_side import random_inputs, side_by_side
 
         a, b = (TractModel.load(_archive(path)) for path in (first, second))
+        if npz is None and not size:
+            npz = _inside(first, _LLM_INPUTS)  # a random past is no past that a model makes
         inputs = random_inputs(a.inputs, _sizes(size or [])) if npz is None else _arrays(npz)
         found = side_by_side(a, b, inputs, tolerance)
         if as_json:
@@ -59,7 +69,11 @@ def compare(
 
 
 def _archive(path: Path) -> Path:
-    return next((path / inner for inner in _IN_LLM_FOLDERS if (path / inner).is_file()), path)
+    return _inside(path, _IN_LLM_FOLDERS) or path
+
+
+def _inside(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def _sizes(texts: list[str]) -> dict[str, int]:
