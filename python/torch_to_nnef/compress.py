@@ -181,6 +181,8 @@ class Choice:
                 )
         if self.fallback not in (None, "f16", "pad", "error"):
             raise T2NErrorInvalidArgument(f"fallback is None, 'f16', 'pad' or 'error': got {self.fallback!r}")
+        if self.budget and not self.methods:
+            raise T2NErrorInvalidArgument("target_bpw and max_kl bound what a method does: name one")
 
     def __call__(
         self, model: nn.Module, selection: Selection, judged_on: Sequence[Batch] = (), **extras: Any
