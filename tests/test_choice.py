@@ -10,7 +10,7 @@ from torch_to_nnef import TractModel, quantize_and_verify
 from torch_to_nnef.compress import Choice
 from torch_to_nnef.exceptions import T2NErrorImpossibleQuantization, T2NErrorInvalidArgument
 from torch_to_nnef.quantize import Selection
-from torch_to_nnef.tensor.quant import QTensorHalf, as_half, load_safetensors, save_safetensors
+from torch_to_nnef.tensor.quant import QTensorHalf, as_half, load_safetensors, quantize_q40, save_safetensors
 
 IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -140,3 +140,17 @@ def test_halves_are_tensors_like_other_packed_ones(tmp_path):
     for read in (load_safetensors(tmp_path / "w.safetensors")["w"], torch.load(tmp_path / "w.pt", weights_only=True)):
         assert isinstance(read, QTensorHalf)
         assert read.is_identical(half)
+
+
+def test_a_method_that_packs_what_it_should_leave_is_told_on(model, tmp_path):
+    """Of its own and without regard for the selection: the archive would not be what was asked for."""
+
+    def mine(model, **kw):
+        model.wide.weight = nn.Parameter(quantize_q40(model.wide.weight.detach()), requires_grad=False)
+
+    before = model.wide.weight
+    with pytest.raises(T2NErrorInvalidArgument, match=r"packed `wide\.weight`, which exclude or overrides keep"):
+        run(model, tmp_path, mine, overrides={"wide": "f32"})
+    assert model.wide.weight is before
+    assert run(model, tmp_path, mine, overrides={"embed": "f16"}).ok
+    assert run(model, tmp_path, mine, overrides={"wide": "q40"}).ok

@@ -28,9 +28,10 @@ from torch_to_nnef.quantize.methods.half import keep_half
 from torch_to_nnef.quantize.methods.imatrix import quantize_imatrix
 from torch_to_nnef.quantize.methods.min_max import quantize_min_max
 from torch_to_nnef.quantize.methods.scale_search import quantize_scale_search
-from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection, Target, as_filters, find_targets
+from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, EXCLUDED, Selection, Target, as_filters, find_targets
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QTensor
+from torch_to_nnef.tensor.updater import ModTensorUpdater
 
 if TYPE_CHECKING:
     from torch_to_nnef.quantize.apply import Progress
@@ -180,6 +181,8 @@ class Choice:
                 )
         if self.fallback not in (None, "f16", "pad", "error"):
             raise T2NErrorInvalidArgument(f"fallback is None, 'f16', 'pad' or 'error': got {self.fallback!r}")
+        if self.budget and not self.methods:
+            raise T2NErrorInvalidArgument("target_bpw and max_kl bound what a method does: name one")
 
     def __call__(
         self, model: nn.Module, selection: Selection, judged_on: Sequence[Batch] = (), **extras: Any
@@ -214,7 +217,10 @@ class Choice:
             excluded.append(pattern)
         rest = replace(selection, exclude=excluded or None)
         if (method := self._of(self.method)) is not None:
+            held = dict(ModTensorUpdater(model).tensors())
             model = call_method(method, model, selection=rest, **extras)
+            if excluded:
+                _check_excluded(model, held, replace(rest, include=None))
         if self.fallback == "f16":
             wide = {t.places[0].fqn for t in find_targets(model, DEFAULT_CLASSES, rest) if t.has_wrong_rows}
             if wide:
@@ -232,6 +238,16 @@ class Choice:
         if key is None or callable(key):
             return key
         return self.registry[key] if key in self.registry else KEPT[key]
+
+
+def _check_excluded(model: nn.Module, held: Mapping[str, torch.Tensor], selection: Selection) -> None:
+    """Raise `T2NErrorInvalidArgument` if a method without regard for its `selection` packed one of the tensors that `model` held."""
+    for target in find_targets(model, DEFAULT_CLASSES, selection):
+        name, packed = target.places[0].fqn, isinstance(target.tensor, QTensor)
+        if target.reason == EXCLUDED and packed and type(target.tensor) is not type(held.get(name)):
+            raise T2NErrorInvalidArgument(
+                f"the method packed `{name}`, which exclude or overrides keep from it: it has to regard its argument `selection`"
+            )
 
 
 def _refuse_rows(targets: Iterable[Target]) -> None:

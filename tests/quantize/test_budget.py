@@ -183,6 +183,14 @@ def test_a_method_that_makes_another_model_has_no_budget():
         Choice("other", registry, budget=Budget(max_kl=1.0))(Classifier(), Selection(), [as_batch(IDS)])
 
 
+def test_a_budget_without_a_method_or_without_weights():
+    with pytest.raises(T2NErrorInvalidArgument, match="name one"):
+        Choice(None, budget=Budget(target_bpw=5.0))
+    for budget in (Budget(target_bpw=5.0), Budget(max_kl=0.1)):
+        model = nn.Sequential(nn.Linear(3, 3)).eval()
+        Choice("q40", budget=budget)(model, Selection(), [as_batch(torch.ones(1, 3))])
+
+
 @pytest.mark.parametrize("values", [(5.0, 0.1), (0.0, None), (None, -1.0), (None, float("nan"))])
 def test_budgets_that_make_no_sense(values):
     with pytest.raises(T2NErrorInvalidArgument):

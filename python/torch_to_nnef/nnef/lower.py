@@ -13,6 +13,7 @@ from torch_to_nnef.exceptions import T2NErrorMissingOpEmitter, T2NErrorNotImplem
 from torch_to_nnef.graph.experts import routed_experts
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.nnef.document import Document
+from torch_to_nnef.nnef.gathers import kept_from_slices
 from torch_to_nnef.nnef.names import Names, VariableNamingScheme
 from torch_to_nnef.op.complex_layout import is_complex, real_layout, table_of
 from torch_to_nnef.op.dtypes import check_storable
@@ -125,7 +126,7 @@ class _Lowering:
         for node in self.graph.nodes:
             self._node(node)
         rename = self._outputs()
-        statements = tuple(_renamed(s, rename) for s in self.emitter.statements)
+        statements = tuple(_renamed(s, rename) for s in kept_from_slices(self.emitter, self.names.fresh))
         identifiers = {n: rename.get(r.id, r.id) for n, r in self.env.items() if isinstance(r, Ref) and r.fqn is None}
         # A module kept whole is given weights that its lowering may not read.
         leaves = pytree.tree_leaves([[*s.args, *(value for _, value in s.attrs)] for s in statements])

@@ -113,7 +113,7 @@ def costs_of(
 
 def _fitting(order: Sequence[TensorCost], most: float) -> Sequence[TensorCost]:
     """Costs in `order` that can be saved with at most `most` bits a weight."""
-    elements = sum(cost.elements for cost in order)
+    elements = max(1, sum(cost.elements for cost in order))
     nbytes = sum(cost.nbytes for cost in order)
     room = int(most * elements / 8) - nbytes
     if room < 0:

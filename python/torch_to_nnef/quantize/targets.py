@@ -55,6 +55,7 @@ _CLASS_USE: tuple[tuple[type[nn.Module], Use], ...] = (
 )
 # Elements from which a parameter is worth a row in a report.
 _LARGE = 1024
+EXCLUDED = "excluded by the caller"
 _Q40_BITS = 4.5
 _LEGAL = frozenset({Use.LINEAR, Use.MATMUL, Use.EXPERTS, Use.CONV, Use.EMBEDDING})
 
@@ -168,7 +169,7 @@ def find_targets(
         if not asked or not (selection.include is None or _matches(selection.include, places)):
             continue
         excluded = selection.exclude is not None and _matches(selection.exclude, places)
-        reason = "excluded by the caller" if excluded else _reason(tensor, uses)
+        reason = EXCLUDED if excluded else _reason(tensor, uses)
         target = Target(tensor, places, reason, transposed=Use.MATMUL in (uses or ()))
         if selection.pad and target.has_wrong_rows and _may_be_padded(target, uses):
             target = replace(target, reason=None, padding=row_padding(tensor.shape[1]))

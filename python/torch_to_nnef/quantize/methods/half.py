@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch_to_nnef.quantize.apply import put_packed, row_of
-from torch_to_nnef.quantize.targets import Selection, find_targets
+from torch_to_nnef.quantize.targets import EXCLUDED, Selection, find_targets
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.half import WIDE, as_half
@@ -40,7 +40,7 @@ def keep_half(
     packed: dict[int, QTensor] = {}
     rows = []
     for index, target in enumerate(targets):
-        excluded = target.reason is not None and target.reason.startswith("excluded")
+        excluded = target.reason == EXCLUDED
         read = target
         if target.tensor.dtype in WIDE and not excluded and not isinstance(target.tensor, QTensor):
             if progress:
