@@ -47,13 +47,15 @@ def abs_max(model, selection, **kw):
     )
 
 
-METHODS = {"abs_max": abs_max, "min_max_q4_0_all": DEFAULT_COMPRESSION["min_max_q4_0_all"]} | {
+METHODS = {"float": None, "abs_max": abs_max, "min_max_q4_0_all": DEFAULT_COMPRESSION["min_max_q4_0_all"]} | {
     key: method for key, method in DEFAULT_COMPRESSION.items() if key.startswith("q40")
 }
 
 
 def measured(subject, method, verify):
-    """Numbers of one method on one model."""
+    """Numbers of one method on one model; of None, those of the float model."""
+    if method is None:
+        return {"bits": 32.0, "cpu": 0.0, **subject.measure(subject.model)}
     step = subject.step(subject.model)
     _, graph = captured_graph(
         step, prepare(step, subject.sample, subject.names.get("input_names"), subject.target.dynamic_axes)
