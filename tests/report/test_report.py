@@ -102,6 +102,7 @@ def test_totals_add_up():
 
 def test_the_dict_is_json_and_names_no_folder():
     data = report().to_dict()
+    assert data["schema"] == 2
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert "secret" not in json.dumps(data)
     assert data["ok"] is True

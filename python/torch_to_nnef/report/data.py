@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from torch_to_nnef.verify.metrics import Metrics
 
 
+SCHEMA = 2
+"""Of `Report.to_dict`; it grows by one when a field changes its meaning or goes."""
+
+
 class Section(NamedTuple):
     """A table of the caller's: a title, column names, rows of text."""
 
@@ -112,7 +116,7 @@ class Report:
             "ratio": self.totals.ratio,
             "bits_per_weight": self.totals.bits_per_weight,
         }
-        head = {"ok": self.ok, "verified": self.verified, "archive_name": self.archive_path.name}
+        head = {"schema": SCHEMA, "ok": self.ok, "verified": self.verified, "archive_name": self.archive_path.name}
         steps = [{"name": name, "seconds": seconds} for name, seconds in self.steps]
         sections = [section._asdict() for section in self.sections]
         everything: dict[str, Any] = plain(head | data | {"totals": totals, "steps": steps, "sections": sections})
