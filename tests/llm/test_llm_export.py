@@ -46,7 +46,15 @@ def test_what_a_compressed_export_leaves(checkpoint, tmp_path):
     names = ("export", "prompt", "prompt_with_past", "text_generation")
     tests = {f"tests/{name}_{side}.npz" for name in names for side in ("inputs", "outputs")}
     assert left >= {
-        *("model/model.nnef.tgz", "model/config.json", "modes.json", "report.json", "report.html", "README.md"),
+        *(
+            "model/model.nnef.tgz",
+            "model/config.json",
+            "modes.json",
+            "report.json",
+            "report.html",
+            "report.md",
+            "README.md",
+        ),
         *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
         *tests,
     }

@@ -20,7 +20,15 @@ from torch_to_nnef.quantize.rows import TensorRow
 SIGNATURE = Signature(((2, 16, 16), (2, 16, 16)), 128)
 MODES = {"name": "tiny", "model_type": "llama", "vocabulary": 320, "dtype": torch.float32, "eos_ids": (2,)}
 DEEP = {
-    *("README.md", "modes.json", "report.html", "report.json", "model/config.json", "model/model.nnef.tgz"),
+    *(
+        "README.md",
+        "modes.json",
+        "report.html",
+        "report.md",
+        "report.json",
+        "model/config.json",
+        "model/model.nnef.tgz",
+    ),
     *(f"tests/{scenario}_{side}.npz" for scenario in SCENARIOS for side in ("inputs", "outputs")),
     *(f"tokenizer/{name}" for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")),
 }
@@ -32,6 +40,9 @@ class FakeReport:
 
     def to_html(self, path):
         path.write_text("<html>")
+
+    def to_markdown(self, path):
+        path.write_text("# Report")
 
 
 def options(folder, **changes):
@@ -170,7 +181,7 @@ def test_replacing_an_export_keeps_what_is_of_others(earlier):
         before = files(earlier)
     assert before == DEEP | MINE
     # The tokenizer too is gone: it was that of another model.
-    expected = {"README.md", "config.json", "model.nnef.tgz", "modes.json", "report.html", "report.json"}
+    expected = {"README.md", "config.json", "model.nnef.tgz", "modes.json", "report.html", "report.md", "report.json"}
     assert files(earlier) == MINE | expected
     assert {(earlier / name).read_text() for name in MINE} == {"mine"}
     assert (earlier / "link").readlink() == Path("notes.txt")
