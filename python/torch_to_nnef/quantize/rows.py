@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class TensorRow:
     nbytes_before: int
     nbytes_after: int
     output_snr_db: float | None = None
-    seconds: float | None = None
+    seconds: float | None = field(default=None, compare=False)
     code_counts: tuple[int, ...] = ()
     weight_counts: tuple[int, ...] = ()
     min_max_snr_db: float | None = None
