@@ -142,7 +142,7 @@ def prepare(
         raise T2NErrorIoQuantity(f"{len(names)} input names {list(names)} for {len(leaves)} input tensors")
     check_names(names, "input")
     # torch would take the place where a slice begins for a size, and make it a symbol.
-    leaves = [leaf.clone() if leaf.storage_offset() else leaf for leaf in leaves]
+    leaves = [leaf.clone() if dynamic_axes and leaf.storage_offset() else leaf for leaf in leaves]
     return Inputs(names, tuple(leaves), _axes_by_input(names, leaves, dynamic_axes or {}), spec)
 
 
