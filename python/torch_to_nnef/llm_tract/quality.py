@@ -16,6 +16,7 @@ from torch_to_nnef.llm_tract.steps import run_ahead
 from torch_to_nnef.llm_tract.texts import QUESTION
 from torch_to_nnef.report.data import Section
 from torch_to_nnef.report.words import size
+from torch_to_nnef.verify.side_by_side import log_softmax
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -139,10 +140,10 @@ class _Scores:
 
     def add(self, logits: NDArray[np.float32], following: int, reference: NDArray[np.float32] | None = None) -> None:
         """Take in the logits [vocabulary] of one prediction, the token that came, and the float model's logits."""
-        scores = _log_softmax(logits)
+        scores = log_softmax(logits)
         self.likelihoods.append(float(scores[following]))
         if reference is not None:
-            expected = _log_softmax(reference)
+            expected = log_softmax(reference)
             chance = np.exp(expected)
             # Where the float model gives no chance at all, a token adds nothing, whatever the other says.
             gaps = np.subtract(expected, scores, out=np.zeros_like(scores), where=chance > 0)
@@ -157,12 +158,6 @@ def _predictions(steps: Steps, windows: Windows) -> Iterator[tuple[NDArray[np.fl
         for start in range(0, len(window) - 1, _CHUNK):
             following = window[start + 1 : start + 1 + _CHUNK]
             yield from zip(steps.feed(window[start : start + len(following)], every=True), following, strict=True)
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max()
-    normalized: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return normalized
 
 
 def _finite(value: Any) -> bool:

@@ -23,14 +23,13 @@ def role(row: TensorRow) -> str:
 
 
 def db_of(row: TensorRow) -> float | None:
-    """The error that is shown of a weight: of its outputs where it was measured, else its own; dB, None if none is finite."""
-    value = row.snr_db if row.output_snr_db is None else row.output_snr_db
-    return value if value is not None and math.isfinite(value) else None
+    """The SNR that is shown of a weight: of its outputs where it was measured, else its own; dB."""
+    return row.snr_db if row.output_snr_db is None else row.output_snr_db
 
 
 def by_depth(rows: Sequence[TensorRow]) -> str:
     """A point a weight, in the order of the model, its error upwards; colours are roles."""
-    points = [(i, row, db) for i, row in enumerate(rows) if (db := db_of(row)) is not None]
+    points = [(i, row, db) for i, row in enumerate(rows) if (db := db_of(row)) is not None and math.isfinite(db)]
     if not points:
         return ""
     roles = list(dict.fromkeys(role(row) for _, row, _ in points))

@@ -75,7 +75,7 @@ def _weights(rows: "Sequence[TensorRow]") -> str:
     quantized = words.by_snr(rows)
     if not quantized:
         return ""
-    longest = max((db for r in quantized if (db := _shown(r)) is not None and isfinite(db)), default=0.0)
+    longest = max((db for r in quantized if (db := charts.db_of(r)) is not None and isfinite(db)), default=0.0)
     names, cells, numbers = words.weights_table(quantized)
     kinds = [" class=n" if name in numbers else "" for name in names]
     body = "".join(_weight(row, texts, kinds, longest) for row, texts in zip(quantized, cells, strict=True))
@@ -87,12 +87,8 @@ def _weights(rows: "Sequence[TensorRow]") -> str:
 
 def _weight(row: "TensorRow", cells: Sequence[str], kinds: Sequence[str], longest: float) -> str:
     columns = "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(cells, kinds, strict=True))
-    share = min(max(_shown(row) or 0.0, 0.0) / max(longest, 1.0), 1.0)
+    share = min(max(charts.db_of(row) or 0.0, 0.0) / max(longest, 1.0), 1.0)
     return f'<tr>{columns}<td class=bar><i style="width:{share:.1%}"></i></td></tr>'
-
-
-def _shown(row: "TensorRow") -> float | None:
-    return row.snr_db if row.output_snr_db is None else row.output_snr_db
 
 
 def _charts(rows: "Sequence[TensorRow]") -> str:

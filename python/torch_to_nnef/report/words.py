@@ -103,7 +103,7 @@ def by_snr(rows: "Sequence[TensorRow]") -> "list[TensorRow]":
     """Sort the quantized rows, worst SNR first (of outputs, where they are known), unmeasured ones last."""
 
     def key(row: "TensorRow") -> tuple[float, str]:
-        value = row.snr_db if row.output_snr_db is None else row.output_snr_db
+        value = charts.db_of(row)
         return math.inf if value is None else value, row.fqn
 
     return sorted((row for row in rows if row.quantized), key=key)

@@ -136,7 +136,7 @@ def _timed(model: TractModel, inputs: Arrays) -> tuple[dict[str, NDArray[Any]], 
 
 
 def _divergence(reference: NDArray[Any], actual: NDArray[Any]) -> Divergence:
-    p, q = (_log_softmax(logits.reshape(-1, logits.shape[-1])) for logits in (reference, actual))
+    p, q = (log_softmax(logits.reshape(-1, logits.shape[-1])) for logits in (reference, actual))
     possible = np.exp(p) > 0  # elsewhere 0 log 0 is 0
     gaps = (
         (np.exp(p) * np.subtract(p, q, where=possible, out=np.zeros_like(p))).sum(1).clip(0)
@@ -144,7 +144,8 @@ def _divergence(reference: NDArray[Any], actual: NDArray[Any]) -> Divergence:
     return Divergence(float(gaps.mean()), float(gaps.max()), float((p.argmax(1) == q.argmax(1)).mean()))
 
 
-def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    normalized: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Along the last axis."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    normalized: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return normalized
