@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
@@ -23,11 +24,13 @@ __all__ = [
     "ShapeEnv",
     "SymMax",
     "SymMin",
+    "in_backward",
     "inline_calls",
     "is_composite",
     "no_torch_function",
     "parse_schema",
     "pytree",
+    "quantized_decomposed",
     "recurrent_functions",
     "since",
     "without_torch_function",
@@ -48,6 +51,13 @@ recurrent_functions: Any = torch._VF
 # For a tensor subclass whose operators need no look at the subclass.
 no_torch_function = torch._C._disabled_torch_function_impl
 without_torch_function = torch._C.DisableTorchFunctionSubclass
+
+quantized_decomposed: Any = torch.ops.quantized_decomposed
+
+
+def in_backward() -> bool:
+    """Whether autograd is computing a gradient in this thread."""
+    return torch._C._current_autograd_node() is not None
 
 
 def since(version: str, *names: str) -> list[OpOverload]:

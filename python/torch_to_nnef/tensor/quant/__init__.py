@@ -1,10 +1,11 @@
-"""Quantized tensors: `QTensor` and its schemes, lossless codecs, Q40 for tract, safetensors files."""
+"""Quantized tensors: `QTensor` and its schemes, lossless codecs, Q40 for tract, 8-bit codes, safetensors files."""
 
 import torch as _torch
 
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor, _build, stored_nbytes
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking, U8Compressor
 from torch_to_nnef.tensor.quant.half import F16, QTensorHalf, as_half
+from torch_to_nnef.tensor.quant.int8 import Affine8, QParams, QTensorInt8, quantize_int8
 from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import (
     QTensorTract,
@@ -19,14 +20,17 @@ from torch_to_nnef.tensor.quant.serialize import load_safetensors, save_safetens
 
 __all__ = [
     "F16",
+    "Affine8",
     "BitPacking",
     "Huffman",
     "Lzma",
     "NibblePacking",
+    "QParams",
     "QScalePerGroupF16",
     "QScheme",
     "QTensor",
     "QTensorHalf",
+    "QTensorInt8",
     "QTensorTract",
     "QTensorTractPadded",
     "QTensorTractScaleOnly",
@@ -37,6 +41,7 @@ __all__ = [
     "load_safetensors",
     "q40_shape_reason",
     "qscale_per_group_f16_min_max_calibration",
+    "quantize_int8",
     "quantize_q40",
     "save_safetensors",
     "stored_nbytes",
@@ -52,7 +57,10 @@ _torch.serialization.add_safe_globals(
         QTensorTractTransposed,
         QTensorTractPadded,
         QTensorHalf,
+        QTensorInt8,
         F16,
+        Affine8,
+        QParams,
         QScalePerGroupF16,
         NibblePacking,
         BitPacking,

@@ -284,7 +284,7 @@ class QTensor(torch.Tensor):
             if func is _aten._to_copy.default and kwargs.get("dtype", args[0].dtype) in FLOAT_DTYPES:
                 moved = args[0]._clone(kwargs.get("dtype"))
                 return moved if kwargs.get("device") is None else moved.to_device(kwargs["device"])
-        _refuse_writes(func, args, kwargs)
+        refuse_writes(func, args, kwargs)
         args, kwargs = pytree.tree_map_only(QTensor, lambda q: q.decompress(), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -300,7 +300,7 @@ def _read_only(func: object) -> T2NErrorMisuse:
     )
 
 
-def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise `T2NErrorMisuse` if the schema of `func` writes into an argument that is (or holds) a QTensor."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:

@@ -49,6 +49,15 @@ class QScheme(ABC):
         scheme.__dict__.update(state)
         return scheme
 
+    def as_plain(self) -> dict[str, Any]:
+        """Attributes that are no tensors, as JSON can hold them."""
+        return {name: value for name, value in vars(self).items() if name not in self.tensor_names}
+
+    @classmethod
+    def from_plain(cls, state: dict[str, Any]) -> Self:
+        """A scheme of what `as_plain` gave and the tensors."""
+        return cls(**state)
+
     def to_device(self, device: torch.device | str) -> Self:
         """A copy whose tensors are on `device`."""
         return self.map_tensors(lambda t: t.to(device))

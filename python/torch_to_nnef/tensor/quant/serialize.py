@@ -20,6 +20,7 @@ from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
 from torch_to_nnef.tensor.quant.half import F16, QTensorHalf
+from torch_to_nnef.tensor.quant.int8 import Affine8, QTensorInt8
 from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed
 
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
 _KEY = "torch_to_nnef"
 _CLASSES: dict[str, type[QTensor]] = {
-    c.__name__: c for c in (QTensor, QTensorTractScaleOnly, QTensorTractTransposed, QTensorTractPadded, QTensorHalf)
+    c.__name__: c
+    for c in (QTensor, QTensorTractScaleOnly, QTensorTractTransposed, QTensorTractPadded, QTensorHalf, QTensorInt8)
 }
-_SCHEMES: dict[str, type[QScheme]] = {"QScalePerGroupF16": QScalePerGroupF16, "F16": F16}
+_SCHEMES: dict[str, type[QScheme]] = {"QScalePerGroupF16": QScalePerGroupF16, "F16": F16, "Affine8": Affine8}
 _COMPRESSORS = {c.__name__: c for c in (NibblePacking, BitPacking, Lzma, Huffman)}
 
 
@@ -108,7 +110,7 @@ def _describe(name: str, tensor: QTensor) -> dict[str, Any]:
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "nnef_name": tensor.nnef_name,
         "scheme": type(scheme).__name__,
-        "scheme_state": {k: v for k, v in vars(scheme).items() if k not in scheme.tensor_names},
+        "scheme_state": scheme.as_plain(),
         "compressors": [[type(c).__name__, asdict(c)] for c in tensor.u8_compressors],  # type: ignore[call-overload]
     }
 
@@ -116,7 +118,7 @@ def _describe(name: str, tensor: QTensor) -> dict[str, Any]:
 def _restore(file: Any, name: str, about: dict[str, Any]) -> QTensor:
     scheme_class = _SCHEMES[about["scheme"]]
     tensors = {n: file.get_tensor(f"{name}::{n}") for n in scheme_class.tensor_names}
-    scheme = scheme_class(**about["scheme_state"], **tensors)
+    scheme = scheme_class.from_plain({**about["scheme_state"], **tensors})
     compressors = [_COMPRESSORS[codec](**state) for codec, state in about["compressors"]]
     return _CLASSES[about["class"]].from_packed(
         file.get_tensor(f"{name}::u8_blob"),
