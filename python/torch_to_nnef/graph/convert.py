@@ -17,6 +17,7 @@ from torch_to_nnef.graph.capture import Captured
 from torch_to_nnef.graph.experts import join_routers
 from torch_to_nnef.graph.explain import keeps_state
 from torch_to_nnef.graph.fold import fold, live, values
+from torch_to_nnef.graph.integer import to_integers
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.places import Place, is_users
 from torch_to_nnef.graph.symbols import Symbols
@@ -78,9 +79,8 @@ class _Converter:
             raise T2NErrorConsistency(f"the capture uses tensors the model does not hold: {missing}")
         symbols, names = self.captured.inputs.symbols(), self.captured.inputs.names
         graph = Graph(tuple(self.inputs), names, weights, self.captured.tensors, tuple(nodes), outputs, symbols)
-        return join_routers(
-            fold(graph, self.captured.program.graph_signature.inputs_to_lifted_tensor_constants.values())
-        )
+        constants = self.captured.program.graph_signature.inputs_to_lifted_tensor_constants.values()
+        return to_integers(join_routers(fold(graph, constants)))
 
     def _call(self, node: FxNode) -> None:
         val = node.meta.get("val")

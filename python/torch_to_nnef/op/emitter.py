@@ -17,6 +17,7 @@ from torch_to_nnef.op.dtypes import check_storable, tract_dtype
 from torch_to_nnef.op.sizes import size
 from torch_to_nnef.op.statement import Fragment, Ref, Statement, Variable
 from torch_to_nnef.tensor.chunks import rows_of
+from torch_to_nnef.tensor.offload import loaded
 from torch_to_nnef.tensor.quant import QTensor, QTensorHalf, QTensorTractPadded, QTensorTractScaleOnly, stored_nbytes
 from torch_to_nnef.torch_internals import pytree
 
@@ -128,6 +129,10 @@ class Emitter:
         positions = self.op("t2n_positions", out=(length,), dtype=torch.int64, hint="arange", length=length)
         steps = positions if step == 1 else self.binary("mul", positions, step, torch.int64)
         return self.cast(steps if start == 0 else self.binary("add", steps, start, torch.int64), dtype)
+
+    def tensor(self, weight: Ref) -> torch.Tensor:
+        """The values of a weight."""
+        return loaded(self._weights(weight.fqn or ""))
 
     # -- what the node says
 

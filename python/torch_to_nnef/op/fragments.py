@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch_to_nnef.op.fragments_complex import COMPLEX_FRAGMENTS
+from torch_to_nnef.op.fragments_integer import INTEGER
 from torch_to_nnef.op.fragments_math import MATH
 from torch_to_nnef.op.fragments_special import SPECIAL
 from torch_to_nnef.op.statement import Fragment
@@ -192,7 +193,7 @@ _FRAGMENTS: dict[str, Fragment] = {
 
 def in_use(operators: Iterable[str], own: Mapping[str, Fragment]) -> dict[str, str]:
     """Text of every fragment that `operators` need and of all the document's `own`, those within fragments included, by name."""
-    known = {**_FRAGMENTS, **COMPLEX_FRAGMENTS, **MATH, **SPECIAL, **own}
+    known = {**_FRAGMENTS, **COMPLEX_FRAGMENTS, **INTEGER, **MATH, **SPECIAL, **own}
     wanted, found = {*operators, *own}, set[str]()
     while new := (wanted & known.keys()) - found:
         found |= new

@@ -38,6 +38,7 @@ _FAMILIES = (
     "fold",
     "grid",
     "index",
+    "integer",
     "linear",
     "logic",
     "loss",
