@@ -7,7 +7,7 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -24,6 +24,7 @@ from torch_to_nnef.graph.convert import name_symbols, to_graph
 from torch_to_nnef.graph.experts import warn_of_dense_experts
 from torch_to_nnef.graph.inputs import Args, Inputs, check_names, prepare
 from torch_to_nnef.graph.ir import Graph
+from torch_to_nnef.graph.rounding import rounds, slack
 from torch_to_nnef.graph.torchscript import eager
 from torch_to_nnef.inference_target import TractCheckTolerance, TractNNEF
 from torch_to_nnef.log import LOGGER, at_level
@@ -154,6 +155,12 @@ class Plan:
         assumed = name_symbols(self.captured).assumed()
         return resized_input_sets(self.inputs.tensors, self.inputs.axes, asserted(self.document.extensions), assumed)
 
+    def slack(self, inputs: InputSet) -> tuple[float, ...]:
+        """For each output, how far rounding to 8 bits on the way may move it; see `graph.rounding`."""
+        if not rounds(self.graph):
+            return (0.0,) * len(self.document.outputs)
+        return slack(self.captured, self.graph, inputs.tensors)
+
     def runner(self, model: nn.Module) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
         """`model` as a function of flat tensors, in eval mode."""
 
@@ -259,7 +266,9 @@ def check(
     sets = plan.input_sets()
     with eval_mode(model):
         try:
-            comparisons = verify_archive(archive, plan.runner(model), sets, plan.document.outputs, tolerance)
+            comparisons = verify_archive(
+                archive, plan.runner(model), sets, plan.document.outputs, tolerance, plan.slack
+            )
             raise_on_mismatch(comparisons, sets, lambda inputs: locate(plan, archive, inputs, tolerance), plan.advice)
         except T2NError as error:
             if debug_bundle_path is not None:
@@ -270,12 +279,10 @@ def check(
 
 def locate(plan: Plan, archive: Path, inputs: InputSet, tolerance: TractCheckTolerance) -> str:
     """Where tract first differs from torch, in words."""
-    paths: Mapping[str, str] = {node.name: node.module_path for node in plan.graph.nodes}
-    candidates = [
-        Candidate(plan.lowered.identifiers[node.name], paths[node.name], node.name)
-        for node in plan.graph.nodes
-        if node.name in plan.lowered.identifiers
-    ]
+    nodes = [node for node in plan.graph.nodes if node.name in plan.lowered.identifiers]
+    if rounds(plan.graph):  # what is computed of codes differs where a code does
+        nodes = [node for node in nodes if node.outputs and node.outputs[0].dtype is torch.int8]
+    candidates = [Candidate(plan.lowered.identifiers[node.name], node.module_path, node.name) for node in nodes]
     found = first_divergence(
         archive, candidates, lambda names: plan.captured.values(names, inputs.tensors), inputs.tensors, tolerance
     )

@@ -72,12 +72,15 @@ class Captured:
     def values(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Torch's own value of the nodes `names` for user inputs `tensors`; weights are dequantized where used."""
         recorder = _Recorder(self.program.graph_module, frozenset(names))
-        fqns, feed = self.fqns(), iter(tensors)
-        weights = {name: self.tensors[fqn] for name, fqn in fqns.items()}
-        placeholders = [n.name for n in self.program.graph.nodes if n.op == "placeholder"]
         with torch.no_grad():
-            recorder.run(*(weights[name] if name in weights else next(feed) for name in placeholders))
+            self.run(tensors, recorder)
         return recorder.kept
+
+    def run(self, tensors: Sequence[torch.Tensor], interpreter: torch.fx.Interpreter) -> Any:
+        """What `interpreter`, one of the program, makes of user inputs `tensors`."""
+        fqns, feed = self.fqns(), iter(tensors)
+        placeholders = [n.name for n in self.program.graph.nodes if n.op == "placeholder"]
+        return interpreter.run(*(self.tensors[fqns[name]] if name in fqns else next(feed) for name in placeholders))
 
 
 class _Recorder(torch.fx.Interpreter):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from torch_to_nnef.graph.macs import Arithmetic
     from torch_to_nnef.quantize.rows import TensorRow
     from torch_to_nnef.verify import Comparison
     from torch_to_nnef.verify.metrics import Metrics
@@ -77,6 +78,7 @@ class Report:
     quantization: float torch against quantized torch, what quantization costs; reported, never judged.
     archive: quantized torch against tract, whether the archive is right; empty when it was not checked.
     metrics: float torch, quantized torch and the archive in tract in the terms of the model's kind; None if nothing was to be quantized.
+    arithmetic: the products of the archive and which of them run on 8-bit codes; None if nothing is rounded to codes.
     steps: (name, seconds). versions: name -> version. sections: further tables, shown at the end.
     """
 
@@ -89,14 +91,17 @@ class Report:
     quantization: "tuple[Comparison, ...]" = ()
     archive: "tuple[Comparison, ...]" = ()
     metrics: "Metrics | None" = None
+    arithmetic: "Arithmetic | None" = None
     steps: tuple[tuple[str, float], ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     sections: tuple[Section, ...] = ()
 
     @property
     def tables(self) -> tuple[Section, ...]:
-        """The metrics, then `sections`."""
-        return self.sections if self.metrics is None else (Section(*self.metrics.table()), *self.sections)
+        """The metrics, what runs in integers, then `sections`."""
+        own = [] if self.metrics is None else [Section(*self.metrics.table())]
+        own += [] if self.arithmetic is None else [_in_integers(self.arithmetic, self.archive)]
+        return (*own, *self.sections)
 
     @property
     def verified(self) -> bool:
@@ -142,6 +147,23 @@ class Report:
 
     def _repr_html_(self) -> str:
         return html.fragment(self)
+
+
+def _in_integers(arithmetic: "Arithmetic", archive: "tuple[Comparison, ...]") -> Section:
+    """What runs on 8-bit codes, what does not and why, and how many values of outputs were rounded otherwise than by torch."""
+    share = f"{arithmetic.integer_share:.1%} of {arithmetic.macs:,} multiply-accumulates run in integers"
+    floats = [product for product in arithmetic.products if product.reason]
+    rows = [(product.operator, product.module_path or "-", f"{product.macs:,}", product.reason) for product in floats]
+    rows += [
+        (name, "-", "-", f"in float between codes, {count} times") for name, count in arithmetic.float_operators.items()
+    ]
+    rows += [
+        (output.name, comparison.sizes_text, "-", f"{output.rounded_share:.3%} of values rounded to another code than by torch")
+        for comparison in archive
+        for output in comparison.outputs
+        if output.rounded_share
+    ]
+    return Section(f"8-bit arithmetic: {share}", ("operator or output", "module or sizes", "MACs", "why"), tuple(rows))
 
 
 def plain(value: Any) -> Any:

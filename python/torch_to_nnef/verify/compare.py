@@ -20,6 +20,7 @@ class OutputComparison:
     shape, dtype: of the reference. outside, outside_share: values beyond the tolerance, their number and share (0..1).
     relative_rmse: RMSE / RMS of the reference; snr_db: -20 log10 of it, infinite when equal; cosine: of their angle.
     worst_index: the value that exceeds its tolerance most (None for an empty tensor), with both values there.
+    slack: what may be added to the tolerance because values are rounded to 8 bits on the way; rounded_share: of values that need it.
     reason: why the two cannot be compared at all (shape, dtype); the distances are then NaN.
     """
 
@@ -38,6 +39,8 @@ class OutputComparison:
     reference_at_worst: float | int | bool | None = None
     actual_at_worst: float | int | bool | None = None
     reason: str | None = None
+    slack: float = 0.0
+    rounded_share: float = 0.0
 
     def __str__(self) -> str:
         if self.reason is not None:
@@ -100,6 +103,7 @@ def compare(
     tolerance: TractCheckTolerance,
     *,
     name: str = "output",
+    slack: float = 0.0,
 ) -> OutputComparison:
     """Compare `actual` with `reference` (any shape; float, integer or bool) in f64, a bounded chunk at a time.
 
@@ -107,10 +111,12 @@ def compare(
     infinity the one of its sign; any other pair with a non-finite value is outside and makes `max_abs` and `rmse` infinite, while
     cosine and RMS cover the pairs of finite values. Integers and booleans are outside when they are not equal.
     A quantized reference is compared dequantized, to within one step from `approximate` on; `actual` may be integers.
+    slack: how far, beyond the tolerance, rounding on the way may move a value; from `approximate` on too.
     """
-    step = 0.0
+    step = slack
     if isinstance(reference, torch.Tensor) and reference.is_quantized:
-        reference, actual, step = _dequantized(reference, actual)
+        reference, actual, width = _dequantized(reference, actual)
+        step = max(slack, width)
     if isinstance(reference, torch.Tensor) and reference.is_complex():
         reference = torch.view_as_real(reference.detach().resolve_conj())
     dtype = str(reference.dtype).removeprefix("torch.")
@@ -125,10 +131,10 @@ def compare(
             outside_share=1.0,
             reason=reason,
         )
-    bounds = tolerance.bounds(dtype)
+    plain = bounds = tolerance.bounds(dtype)
     if tolerance not in {TractCheckTolerance.EXACT, TractCheckTolerance.CLOSE}:
         bounds = replace(bounds, atol=max(bounds.atol, step))
-    sums = _Sums()
+    sums = _Sums(plain)
     flat_expected, flat_actual = expected.reshape(-1), actual.reshape(-1)
     for start in range(0, expected.size, _CHUNK):
         sums.add(flat_expected[start : start + _CHUNK], flat_actual[start : start + _CHUNK], start, bounds)
@@ -141,6 +147,8 @@ def compare(
         ok=share <= bounds.outliers,
         outside=sums.outside,
         outside_share=share,
+        slack=step,
+        rounded_share=(sums.beyond_plain - sums.outside) / max(expected.size, 1),
         worst_index=worst,
         reference_at_worst=None if worst is None else expected[worst].item(),
         actual_at_worst=None if worst is None else actual[worst].item(),
@@ -166,9 +174,11 @@ def _incomparable(expected: NDArray[Any], actual: NDArray[Any], dtype: str) -> s
 
 @dataclass
 class _Sums:
-    """Running sums over chunks of two flat arrays."""
+    """Running sums over chunks of two flat arrays; `plain`: the bounds without what rounding may add."""
 
+    plain: Tolerance
     outside: int = 0
+    beyond_plain: int = 0
     max_abs: float = 0.0
     squared_error: float = 0.0
     squared_reference: float = 0.0
@@ -193,6 +203,7 @@ class _Sums:
             self.squared_actual += float(np.dot(a, a))
             self.product += float(np.dot(a, b))
         outside = ~same & (excess > 0) if reference.dtype.kind == "f" else ~same
+        self.beyond_plain += int(np.count_nonzero(~same & (error > self.plain.atol + self.plain.rtol * np.abs(b))))
         excess[outside] = np.maximum(excess[outside], math.ulp(0.0))
         self.outside += int(np.count_nonzero(outside))
         self.max_abs = max(self.max_abs, float(error.max()))

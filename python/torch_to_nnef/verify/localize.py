@@ -77,7 +77,7 @@ def first_divergence(
                 continue
             name = candidate.nnef_name
             comparison = compare(expected[candidate.node_name], actual[name], tolerance, name=name)
-            if not comparison.ok and comparison.reason is None:
+            if _differs(comparison):
                 return Divergence(candidate, comparison)
     return _alone(path, candidates, torch_values, arrays, tolerance, load)
 
@@ -96,7 +96,7 @@ def _alone(
         if expected is None or not actual:
             return None
         comparison = compare(expected, actual[candidate.nnef_name], tolerance, name=candidate.nnef_name)
-        return None if comparison.ok or comparison.reason else Divergence(candidate, comparison, alone=True)
+        return Divergence(candidate, comparison, alone=True) if _differs(comparison) else None
 
     found = differs(candidates[-1]) if candidates else None
     right, wrong = -1, len(candidates) - 1
@@ -105,6 +105,13 @@ def _alone(
         earlier = differs(candidates[middle])
         found, right, wrong = (earlier, right, middle) if earlier else (found, middle, wrong)
     return found
+
+
+def _differs(comparison: OutputComparison) -> bool:
+    """By more than the tolerance; codes of 8 bits by more than one, as rounding may fall either way."""
+    if comparison.ok or comparison.reason is not None:
+        return False
+    return comparison.dtype not in ("int8", "uint8") or comparison.max_abs > 1
 
 
 def _tract_values(

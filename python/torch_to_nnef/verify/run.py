@@ -32,11 +32,13 @@ def verify_archive(
     input_sets: Sequence[InputSet],
     output_names: Sequence[str],
     tolerance: TractCheckTolerance,
+    slack: Callable[[InputSet], Sequence[float]] | None = None,
 ) -> tuple[Comparison, ...]:
     """Load `path` once in tract and compare it with `reference` on every input set: one `Comparison` each, in order.
 
-    bf16 inputs are given to tract as f32. Raises `T2NErrorTract` when tract cannot load or run the archive,
-    `T2NErrorIoQuantity` when outputs are missing, and what `compare_models` raises.
+    slack: what may be added to the tolerance of each output (see `compare`). bf16 inputs are given to tract as f32. Raises
+    `T2NErrorTract` when tract cannot load or run the archive, `T2NErrorIoQuantity` when outputs are missing, and what
+    `compare_models` raises.
     """
     model = TractModel.load(path)
 
@@ -51,7 +53,7 @@ def verify_archive(
             raise T2NErrorIoQuantity(f"the archive has no output {missing}; it has {list(outputs)}")
         return [outputs[name] for name in output_names]
 
-    return _compare_runs("archive", reference, run_tract, input_sets, output_names, tolerance)
+    return _compare_runs("archive", reference, run_tract, input_sets, output_names, tolerance, slack)
 
 
 def compare_models(
@@ -111,6 +113,7 @@ def _compare_runs(
     input_sets: Sequence[InputSet],
     output_names: Sequence[str],
     tolerance: TractCheckTolerance,
+    slack: Callable[[InputSet], Sequence[float]] | None = None,
 ) -> tuple[Comparison, ...]:
     comparisons = []
     for inputs in input_sets:
@@ -136,9 +139,9 @@ def _compare_runs(
             raise T2NErrorIoQuantity(
                 f"{len(output_names)} outputs named, torch gives {len(expected)}, the other side {len(actual)}"
             )
-        outputs = tuple(
-            compare(e, a, tolerance, name=name) for name, e, a in zip(output_names, expected, actual, strict=True)
-        )
+        allowed = [0.0] * len(output_names) if slack is None else slack(inputs)
+        pairs = zip(output_names, expected, actual, allowed, strict=True)
+        outputs = tuple(compare(e, a, tolerance, name=name, slack=extra) for name, e, a, extra in pairs)
         comparisons.append(Comparison(kind, inputs.sizes, inputs.traced, outputs, tolerance))
     resized = [c for c in comparisons if not c.traced]
     if resized and all(c.refused is not None for c in resized):
