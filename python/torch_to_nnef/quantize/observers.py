@@ -17,6 +17,9 @@ _STEPS = 255
 _SHRINKS = 2.0 ** (-torch.arange(0, 81, dtype=torch.float64) / 8)
 """Parts of a bound that are tried: down to a thousandth, each 9 % below the one before."""
 
+_FEWEST = 128
+"""Bins that must be left: of few distinct values, such as pixels, whatever is left looks like itself."""
+
 
 class Observer(ABC):
     """Sees tensors that have one scale and zero point in common, and says which range the codes should cover."""
@@ -165,7 +168,8 @@ class LeastSquares(_Counting):
 
     def _best(self, lows: torch.Tensor, highs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `(lows[i], highs[i])`, as `[1]` each."""
-        lows, highs = torch.broadcast_tensors(lows, highs)
+        count = max(len(lows), len(highs))
+        lows, highs = lows.expand(count), highs.expand(count)
         best = int(torch.stack([self._error(low, high) for low, high in zip(lows, highs, strict=True)]).argmin())
         return lows[best : best + 1], highs[best : best + 1]
 
@@ -191,19 +195,20 @@ class Entropy(_Counting):
         """As `Observer.bounds`."""
         seen = self._histogram
         largest = max(-seen.low, seen.high)
-        # Fewer bins than codes could be told apart without loss, whatever is cut off.
+        # Fewer bins than codes are told apart without loss, whatever is cut off.
         tried = [
             (max(seen.low, -t), min(seen.high, t))
             for t in (largest * _SHRINKS).tolist()
             if min(seen.high, t) - max(seen.low, -t) >= (_STEPS + 1) * seen.width
         ]
+        # Of equals, the first: the widest.
         return min(tried, key=lambda bounds: self._divergence(*bounds), default=(seen.low, seen.high))
 
     def _divergence(self, low: float, high: float) -> float:
         values, counts = self._histogram.filled()
         inside = (values > low) & (values < high)
         kept = counts[inside]
-        if not len(kept):
+        if len(kept) < _FEWEST:
             return math.inf
         exact = kept.clone()
         exact[0] += counts[values <= low].sum()
