@@ -26,8 +26,10 @@ from torch_to_nnef.quantize.methods.best import quantize_best
 from torch_to_nnef.quantize.methods.gptq import quantize_gptq
 from torch_to_nnef.quantize.methods.half import keep_half
 from torch_to_nnef.quantize.methods.imatrix import quantize_imatrix
+from torch_to_nnef.quantize.methods.int8 import quantize_static_int8
 from torch_to_nnef.quantize.methods.min_max import quantize_min_max
 from torch_to_nnef.quantize.methods.scale_search import quantize_scale_search
+from torch_to_nnef.quantize.observers import OBSERVERS
 from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, EXCLUDED, Selection, Target, as_filters, find_targets
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QTensor
@@ -117,6 +119,9 @@ DEFAULT_COMPRESSION: dict[str, Method] = {
     "min_max_q4_0_all": partial(
         quantize_weights_min_max_Q4_0, to_quantize_module_classes=DEFAULT_CLASSES, method="min_max_q4_0_all"
     ),
+    "int8": quantize_static_int8,
+    **{f"int8_{name}": partial(quantize_static_int8, observer=name, method=f"int8_{name}") for name in OBSERVERS},
+    "int8_per_tensor": partial(quantize_static_int8, per_channel=False, method="int8_per_tensor"),
 }
 KEPT: dict[str, Method | None] = {"f16": keep_half, "f32": None}
 """What an override can ask for beside the keys of a registry."""

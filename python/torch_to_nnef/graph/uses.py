@@ -35,6 +35,8 @@ _USES: Mapping[tuple[OpOverload, int], Use] = {
     (aten.conv1d.padding, 1): Use.CONV,
     (aten.conv2d.default, 1): Use.CONV,
     (aten.conv2d.padding, 1): Use.CONV,
+    (aten.conv3d.default, 1): Use.CONV,
+    (aten.conv3d.padding, 1): Use.CONV,
     (aten.conv_transpose1d.default, 1): Use.CONV_TRANSPOSE,
     (aten.conv_transpose2d.input, 1): Use.CONV_TRANSPOSE,
 }

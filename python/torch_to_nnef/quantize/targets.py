@@ -1,4 +1,4 @@
-"""Which weights a method is asked for, and which of them may be Q40.
+"""Which weights a method is asked for, and which of them may be Q40 or 8-bit codes.
 
 tract computes with Q40 in few places only (`linear`, `matmul` or `einsum` with groups along K, `conv` filters,
 `gather`); elsewhere it is silently wrong or crashes. So the use decides: of the captured graph where it is known, else
@@ -58,6 +58,7 @@ _LARGE = 1024
 EXCLUDED = "excluded by the caller"
 _Q40_BITS = 4.5
 _LEGAL = frozenset({Use.LINEAR, Use.MATMUL, Use.EXPERTS, Use.CONV, Use.EMBEDDING})
+_LEGAL_INT8 = frozenset({Use.LINEAR, Use.MATMUL, Use.CONV, Use.DEPTHWISE_CONV, Use.EMBEDDING})
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,31 @@ def q40_reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
     return q40_shape_reason(shape) or _use_shape_reason(shape, uses)
 
 
+def int8_reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
+    """Why `tensor` could not be 8-bit codes; None if it can. `uses=None` is unknown: judged by dtype and shape."""
+    if tensor.dtype not in FLOAT_DTYPES or tensor.is_meta or not tensor.numel():
+        return f"{tensor.dtype} on {tensor.device}, shape {tuple(tensor.shape)}: there are no floats to quantize"
+    if uses is not None and not uses:
+        return "the graph does not use it"
+    uses = uses or frozenset()
+    if illegal := sorted(use.value for use in uses - _LEGAL_INT8):
+        return f"used by {', '.join(illegal)}: 8-bit products are those of linear, conv and embedding"
+    if Use.MATMUL in uses and len(uses) > 1:
+        return f"used by {', '.join(sorted(uses))}: each has a scale for another axis"
+    if uses & {Use.LINEAR, Use.MATMUL, Use.EMBEDDING} and tensor.dim() != 2:
+        return f"rank {tensor.dim()}: as a linear or embedding weight 8-bit codes must be a matrix"
+    return None
+
+
+Reason = Callable[[torch.Tensor, frozenset[Use] | None], str | None]
+"""Why a format cannot hold a tensor that is used so; None if it can."""
+
+
 def find_targets(
-    model: nn.Module, classes: Sequence[type[nn.Module]] | None, selection: Selection | None = None
+    model: nn.Module,
+    classes: Sequence[type[nn.Module]] | None,
+    selection: Selection | None = None,
+    reason_of: Reason = q40_reason,
 ) -> list[Target]:
     """Weights of `model` asked for by `classes` (default: Linear, Embedding, Conv1d, Conv2d and their subclasses).
 
@@ -169,7 +193,8 @@ def find_targets(
         if not asked or not (selection.include is None or _matches(selection.include, places)):
             continue
         excluded = selection.exclude is not None and _matches(selection.exclude, places)
-        reason = EXCLUDED if excluded else _reason(tensor, uses)
+        packed = "already quantized" if isinstance(tensor, QTensor) else None
+        reason = EXCLUDED if excluded else packed or reason_of(tensor, uses)
         target = Target(tensor, places, reason, transposed=Use.MATMUL in (uses or ()))
         if selection.pad and target.has_wrong_rows and _may_be_padded(target, uses):
             target = replace(target, reason=None, padding=row_padding(tensor.shape[1]))
@@ -192,10 +217,6 @@ def _may_be_padded(target: Target, uses: frozenset[Use] | None) -> bool:
 
 def _is_large(tensor: torch.Tensor, places: Sequence[Place]) -> bool:
     return places[0].is_parameter and tensor.dim() > 1 and tensor.numel() >= _LARGE
-
-
-def _reason(tensor: torch.Tensor, uses: frozenset[Use] | None) -> str | None:
-    return "already quantized" if isinstance(tensor, QTensor) else q40_reason(tensor, uses)
 
 
 def _uses_of(places: Iterable[Place], known: Mapping[str, frozenset[Use]] | None) -> frozenset[Use] | None:
