@@ -158,7 +158,12 @@ def _in_integers(arithmetic: "Arithmetic", archive: "tuple[Comparison, ...]") ->
         (name, "-", "-", f"in float between codes, {count} times") for name, count in arithmetic.float_operators.items()
     ]
     rows += [
-        (output.name, comparison.sizes_text, "-", f"{output.rounded_share:.3%} of values rounded to another code than by torch")
+        (
+            output.name,
+            comparison.sizes_text,
+            "-",
+            f"{output.rounded_share:.3%} of values rounded to another code than by torch",
+        )
         for comparison in archive
         for output in comparison.outputs
         if output.rounded_share
