@@ -12,13 +12,14 @@ import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
 import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.dynamic as nnqd
+import torch.ao.nn.quantized.reference as nnqr
 from torch import fx, nn
 from torch.nn import functional
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized import graphs
-from torch_to_nnef.graph.quantized.values import Quantized, Weight, quantize_per_tensor
-from torch_to_nnef.tensor.quant.int8 import QTensorInt8
+from torch_to_nnef.graph.quantized.values import Quantized, quantize_per_tensor
+from torch_to_nnef.graph.quantized.weights import Weight, as_int8
 from torch_to_nnef.torch_internals import pytree
 
 _CONVERTED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
@@ -58,28 +59,6 @@ class Quantize(nn.Module):
     def forward(self, x: torch.Tensor) -> Quantized:
         """Round to codes."""
         return quantize_per_tensor(x, *self.arguments)
-
-
-def as_int8(weight: torch.Tensor) -> QTensorInt8:
-    """The codes of `weight`, a quantized tensor of torch.
-
-    Raises:
-        T2NErrorNotImplemented: Codes of 4 bits or less, or no codes.
-
-    """
-    if weight.dtype not in (torch.qint8, torch.quint8):
-        raise T2NErrorNotImplemented(
-            f"weights in {weight.dtype}: quantize them to torch.qint8 or torch.quint8, or leave them float"
-        )
-    if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        scale, zero_point = torch.tensor([weight.q_scale()]), torch.tensor([weight.q_zero_point()])
-        return QTensorInt8.from_codes(weight.int_repr(), scale, zero_point, None)
-    return QTensorInt8.from_codes(
-        weight.int_repr(),
-        weight.q_per_channel_scales(),
-        weight.q_per_channel_zero_points(),
-        weight.q_per_channel_axis(),
-    )
 
 
 def _linear(source: Any, operator: str, *arguments: Any) -> Weight:
@@ -140,6 +119,20 @@ def _transposed(operator: str, function: Callable[..., torch.Tensor]) -> Callabl
     return made
 
 
+def _reference(function: Callable[..., torch.Tensor], *names: str) -> Callable[[Any], Weight]:
+    """For modules of `convert_to_reference_fx`, which compute in floats."""
+
+    def made(source: Any) -> Weight:
+        product = partial(_called, function, **{name: getattr(source, name) for name in names})
+        return Weight(as_int8(source.get_quantized_weight()), source.bias, product)
+
+    return made
+
+
+def _called(function: Callable[..., torch.Tensor], x: Any, weight: Any, bias: Any, **options: Any) -> torch.Tensor:
+    return function(x, weight, bias, **options)
+
+
 def _embedding(source: Any) -> Weight:
     return Weight(as_int8(source.weight()), None, lambda indices, weight, _: functional.embedding(indices, weight))
 
@@ -155,6 +148,7 @@ def _numbered(source: nn.Module) -> nn.Module:
     return made
 
 
+_WINDOW = ("stride", "padding", "dilation", "groups")
 STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
     nnq.Quantize: Quantize,
     nnq.Linear: _static_linear("quantized.linear"),
@@ -175,6 +169,10 @@ STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
     nnq.ConvTranspose2d: _transposed("quantized.conv_transpose2d", functional.conv_transpose2d),
     nnq.ConvTranspose3d: _transposed("quantized.conv_transpose3d", functional.conv_transpose3d),
     nnq.Embedding: _embedding,
+    nnqr.Linear: _reference(functional.linear),
+    nnqr.Conv1d: _reference(functional.conv1d, *_WINDOW),
+    nnqr.Conv2d: _reference(functional.conv2d, *_WINDOW),
+    nnqr.Conv3d: _reference(functional.conv3d, *_WINDOW),
 }
 # Only their scale and zero point are in the way.
 _NUMBERED = (

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
@@ -366,41 +365,3 @@ def run_time(x: torch.Tensor, reduce_range: bool) -> torch.Tensor:
     zero_point = torch.round(-low / scale)
     codes = torch.clamp(torch.round(x / scale) + zero_point, 0, largest)
     return (codes - zero_point) * scale
-
-
-class Weight(nn.Module):
-    """A weight packed for torch's engines, as a parameter, and the float product with it.
-
-    It stands for a whole converted module: inputs, this weight and `arguments` go to `operator`, the name of one above; the product
-    alone is what a module without one computes.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        function: Callable[..., torch.Tensor],
-        operator: str = "",
-        arguments: Sequence[Any] = (),
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.function, self.operator, self.arguments = function, operator, tuple(arguments)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return call(func, *args, **(kwargs or {}))
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """The linear layer, convolution or lookup itself."""
-        return self.function(x, self.weight, self.bias)
-
-    def forward(self, *inputs: Any) -> Any:
-        """What the converted module computes."""
-        if not self.operator:
-            return self.product(*inputs)
-        return OPERATORS[self.operator](*inputs, self, *self.arguments)
