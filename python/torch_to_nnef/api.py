@@ -23,6 +23,7 @@ from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import Args, DynamicAxes, prepare
 from torch_to_nnef.graph.macs import arithmetic
+from torch_to_nnef.graph.quantized import float_reference
 from torch_to_nnef.graph.rounding import rounds
 from torch_to_nnef.graph.torchscript import eager
 from torch_to_nnef.graph.uses import weight_uses
@@ -101,9 +102,11 @@ def quantize_and_verify(
     cached = calibration_cache is not None and calibration_cache.exists()
     if calibration is None and not cached and any(map(needs_calibration, choice.methods)):
         as_calibration(None)  # raises
-    original, model = model, eager(model)
+    original, model = model, float_reference(eager(model))
     if inplace and model is not original:
-        raise T2NErrorInvalidArgument("a ScriptModule cannot hold quantized weights: leave out inplace=True")
+        raise T2NErrorInvalidArgument(
+            "a ScriptModule, or a model converted by torch.ao, cannot hold our weights: leave out inplace=True"
+        )
     steps = Steps()
     with steps("capture"):
         inputs = prepare(model, args, input_names, target.dynamic_axes)

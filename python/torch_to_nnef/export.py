@@ -24,6 +24,7 @@ from torch_to_nnef.graph.convert import name_symbols, to_graph
 from torch_to_nnef.graph.experts import warn_of_dense_experts
 from torch_to_nnef.graph.inputs import Args, Inputs, check_names, prepare
 from torch_to_nnef.graph.ir import Graph
+from torch_to_nnef.graph.quantized import float_reference
 from torch_to_nnef.graph.rounding import rounds, slack
 from torch_to_nnef.graph.torchscript import eager
 from torch_to_nnef.inference_target import TractCheckTolerance, TractNNEF
@@ -177,7 +178,7 @@ def plan_export(
 ) -> Plan:
     """Everything before the first byte is written."""
     with steps("capture"):
-        model = eager(model)
+        model = float_reference(eager(model))
         inputs = prepare(model, args, naming.inputs, target.dynamic_axes, naming.counts_must_match)
         captured, graph = captured_graph(model, inputs)
     with steps("lower"):

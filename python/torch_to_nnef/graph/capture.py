@@ -189,8 +189,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; every module gets its own mode back."""
     # A frozen ScriptModule has no mode.
     training = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    model.eval()
     try:
+        try:
+            model.eval()
+        except NotImplementedError:  # what torch.export made has one mode
+            for module, _ in training:
+                module.training = False
         yield
     finally:
         for module, flag in training:

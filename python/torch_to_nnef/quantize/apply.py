@@ -64,20 +64,27 @@ def quantize_(
     packed: dict[int, QTensor] = {}
     rows = []
     for target in targets:
-        fqn, read, began = target.places[0].fqn, target, time.perf_counter()
-        if target.reason is None:
-            if progress:
-                progress(done, total, fqn)
-            read = replace(target, tensor=_read(target.tensor.detach()))
-            codes = packed_rows(read, encode, fqn)
-            packed[id(target.tensor)] = codes.offload() if isinstance(target.tensor, OffloadedTensor) else codes
-            done += target.nbytes
-        seconds = time.perf_counter() - began
-        rows.append(row_of(read, packed.get(id(target.tensor)), method, seconds=seconds))
+        if target.reason is not None:
+            rows.append(row_of(target, None, method))
+            continue
+        if progress:
+            progress(done, total, target.places[0].fqn)
+        packed[id(target.tensor)], row = _encoded(target, encode, method)
+        rows.append(row)
+        done += target.nbytes
     if progress:
         progress(total, total, "")
     put_packed(model, targets, packed, rows)
     return model
+
+
+def _encoded(target: Target, encode: Encode, method: str) -> tuple[QTensor, TensorRow]:
+    """What `encode` makes of a weight, on disk if the weight is, and its row: nothing read or made for them is held beyond."""
+    began = time.perf_counter()
+    read = replace(target, tensor=_read(target.tensor.detach()))
+    codes = packed_rows(read, encode, target.places[0].fqn)
+    row = row_of(read, codes, method, seconds=time.perf_counter() - began)
+    return codes.offload() if isinstance(target.tensor, OffloadedTensor) else codes, row
 
 
 def packed_rows(target: Target, encode: Callable[..., QTensorTractScaleOnly], *known: object) -> QTensorTractScaleOnly:

@@ -14,6 +14,7 @@ from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, quantize_q4
 
 _NIBBLES = NibblePacking()
 _MOST = 1 << 20  # elements looked at
+_PIECE = 1 << 16  # of them at a time: what is made of more leaves holes in malloc's memory, and it grows
 _SPAN, _BINS = 4.0, 32
 
 
@@ -35,13 +36,22 @@ def measures_of(rows: torch.Tensor, packed: QTensorTractScaleOnly) -> Measures:
     if isinstance(rows, OffloadedTensor):
         return Measures()
     flat = rows.detach().reshape(-1, math.prod(rows.shape[1:]))
-    every = max(1, math.ceil(flat.numel() / _MOST))
-    some = flat[::every].float().contiguous()
-    codes = _NIBBLES.decompress(loaded(packed.planes()[0]).view(len(flat), -1)[::every].flatten())
-    size = float(some.square().mean().sqrt()) or 1.0
-    counts = torch.histc(some.clamp(-_SPAN * size, _SPAN * size), _BINS, -_SPAN * size, _SPAN * size)
+    every, block = max(1, math.ceil(flat.numel() / _MOST)), max(1, _PIECE // flat.shape[1])
+    some, codes = flat[::every], loaded(packed.planes()[0]).view(len(flat), -1)[::every]
+    power = sum(float(piece.float().square().sum(dtype=torch.float64)) for piece in torch.split(some, block))
+    size = math.sqrt(power / some.numel()) or 1.0
+    code_counts, weight_counts = torch.zeros(16, dtype=torch.int64), torch.zeros(_BINS)
+    signal = noise = 0.0
+    for piece, packed_codes in zip(torch.split(some, block), torch.split(codes, block), strict=True):
+        values = piece.float().contiguous()
+        code_counts += torch.bincount(_NIBBLES.decompress(packed_codes.flatten()), minlength=16).cpu()
+        weight_counts += torch.histc(
+            values.clamp(-_SPAN * size, _SPAN * size), _BINS, -_SPAN * size, _SPAN * size
+        ).cpu()
+        sums = quantize_q40(values, "signed_extreme").squared_error(values)
+        signal, noise = signal + sums[0], noise + sums[1]
     return Measures(
-        code_counts=tuple(torch.bincount(codes, minlength=16).tolist()),
-        weight_counts=tuple(int(count) for count in counts.tolist()),
-        min_max_snr_db=snr_db(*quantize_q40(some, "signed_extreme").squared_error(some)),
+        code_counts=tuple(code_counts.tolist()),
+        weight_counts=tuple(int(count) for count in weight_counts.tolist()),
+        min_max_snr_db=snr_db(signal, noise),
     )

@@ -1,0 +1,205 @@
+"""Each converted module and what stands in for it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.ao.nn.intrinsic.quantized as nniq
+import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
+import torch.ao.nn.quantized as nnq
+import torch.ao.nn.quantized.dynamic as nnqd
+import torch.ao.nn.quantized.reference as nnqr
+from torch import fx, nn
+from torch.nn import functional
+
+from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.graph.quantized import graphs
+from torch_to_nnef.graph.quantized.values import Quantized, quantize_per_tensor
+from torch_to_nnef.graph.quantized.weights import Weight, as_int8
+from torch_to_nnef.torch_internals import pytree
+
+_CONVERTED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of `model` with something else in the place of every converted module and packed weight."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for path, module in model.named_modules():
+        if (
+            id(module) not in shared
+            and type(module).__module__.startswith(_CONVERTED)
+            and type(module) not in _AS_THEY_ARE
+        ):
+            made = STAND_INS.get(type(module), _numbered if type(module) in _NUMBERED else None)
+            if made is None:
+                raise _refused(path, module)
+            shared[id(module)] = made(module)
+            shared.update((id(part), part) for part in module.modules() if part is not module)
+        if isinstance(module, fx.GraphModule):
+            shared.update(graphs.packed_weights(module))
+    result = copy.deepcopy(model, shared)
+    for module in result.modules():
+        if isinstance(module, fx.GraphModule):
+            graphs.rewrite(module)
+    result.register_forward_hook(_only_floats)
+    return result
+
+
+class Quantize(nn.Module):
+    """Stands for `nnq.Quantize`."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.arguments = float(source.scale), int(source.zero_point), source.dtype
+
+    def forward(self, x: torch.Tensor) -> Quantized:
+        """Round to codes."""
+        return quantize_per_tensor(x, *self.arguments)
+
+
+def _linear(source: Any, operator: str, *arguments: Any) -> Weight:
+    weight, bias = source._weight_bias()
+    return Weight(as_int8(weight), bias, functional.linear, operator, arguments)
+
+
+def _static_linear(operator: str, *names: str) -> Callable[[Any], Weight]:
+    return lambda source: _linear(
+        source, operator, source.scale, source.zero_point, *(getattr(source, name) for name in names)
+    )
+
+
+def _dynamic_linear(operator: str) -> Callable[[Any], Weight]:
+    # From this version on, activations have 7 bits.
+    return lambda source: _linear(source, operator, source.version is not None and source.version >= 4)
+
+
+def _conv(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
+    def made(source: Any) -> Weight:
+        weight, bias = source._weight_bias()
+        padded = source.padding_mode != "zeros"
+        product = partial(
+            _convolve,
+            function,
+            padding_mode=source.padding_mode,
+            around=source._reversed_padding_repeated_twice if padded else (),
+            stride=source.stride,
+            padding=0 if padded else source.padding,
+            dilation=source.dilation,
+            groups=source.groups,
+        )
+        return Weight(as_int8(weight), bias, product, operator, (source.scale, source.zero_point))
+
+    return made
+
+
+def _convolve(
+    function: Callable[..., torch.Tensor],
+    x: Any,
+    weight: Any,
+    bias: Any,
+    padding_mode: str,
+    around: Any,
+    **options: Any,
+) -> torch.Tensor:
+    return function(functional.pad(x, around, padding_mode) if around else x, weight, bias, **options)
+
+
+def _transposed(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
+    names = ("stride", "padding", "output_padding", "groups", "dilation")
+
+    def made(source: Any) -> Weight:
+        weight, bias = source._weight_bias()
+        product = partial(function, **{name: getattr(source, name) for name in names})
+        return Weight(as_int8(weight), bias, product, operator, (source.scale, source.zero_point))
+
+    return made
+
+
+def _reference(function: Callable[..., torch.Tensor], *names: str) -> Callable[[Any], Weight]:
+    """For modules of `convert_to_reference_fx`, which compute in floats."""
+
+    def made(source: Any) -> Weight:
+        product = partial(_called, function, **{name: getattr(source, name) for name in names})
+        return Weight(as_int8(source.get_quantized_weight()), source.bias, product)
+
+    return made
+
+
+def _called(function: Callable[..., torch.Tensor], x: Any, weight: Any, bias: Any, **options: Any) -> torch.Tensor:
+    return function(x, weight, bias, **options)
+
+
+def _embedding(source: Any) -> Weight:
+    return Weight(as_int8(source.weight()), None, lambda indices, weight, _: functional.embedding(indices, weight))
+
+
+def _numbered(source: nn.Module) -> nn.Module:
+    """The module itself, its scale and zero point as numbers instead of buffers, since a graph holds them as such."""
+    made = source.__class__.__new__(source.__class__)
+    made.__dict__ = {**source.__dict__, "_buffers": dict(source._buffers), "_parameters": dict(source._parameters)}
+    for name, number in (("scale", float), ("zero_point", int)):
+        value: Any = made._buffers.pop(name, None)
+        value = getattr(source, name) if value is None else value
+        made.__dict__[name] = number(value)
+    return made
+
+
+_WINDOW = ("stride", "padding", "dilation", "groups")
+STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
+    nnq.Quantize: Quantize,
+    nnq.Linear: _static_linear("quantized.linear"),
+    nniq.LinearReLU: _static_linear("quantized.linear_relu"),
+    nniq.LinearLeakyReLU: _static_linear("quantized.linear_leaky_relu", "negative_slope"),
+    nniq.LinearTanh: _static_linear("quantized.linear_tanh"),
+    nnqd.Linear: _dynamic_linear("quantized.linear_dynamic"),
+    nniqd.LinearReLU: _dynamic_linear("quantized.linear_relu_dynamic"),
+    nnq.Conv1d: _conv("quantized.conv1d", functional.conv1d),
+    nnq.Conv2d: _conv("quantized.conv2d", functional.conv2d),
+    nnq.Conv3d: _conv("quantized.conv3d", functional.conv3d),
+    nniq.ConvReLU1d: _conv("quantized.conv1d_relu", functional.conv1d),
+    nniq.ConvReLU2d: _conv("quantized.conv2d_relu", functional.conv2d),
+    nniq.ConvReLU3d: _conv("quantized.conv3d_relu", functional.conv3d),
+    nniq.ConvAdd2d: _conv("quantized.conv2d_add", functional.conv2d),
+    nniq.ConvAddReLU2d: _conv("quantized.conv2d_add_relu", functional.conv2d),
+    nnq.ConvTranspose1d: _transposed("quantized.conv_transpose1d", functional.conv_transpose1d),
+    nnq.ConvTranspose2d: _transposed("quantized.conv_transpose2d", functional.conv_transpose2d),
+    nnq.ConvTranspose3d: _transposed("quantized.conv_transpose3d", functional.conv_transpose3d),
+    nnq.Embedding: _embedding,
+    nnqr.Linear: _reference(functional.linear),
+    nnqr.Conv1d: _reference(functional.conv1d, *_WINDOW),
+    nnqr.Conv2d: _reference(functional.conv2d, *_WINDOW),
+    nnqr.Conv3d: _reference(functional.conv3d, *_WINDOW),
+}
+# Only their scale and zero point are in the way.
+_NUMBERED = (
+    *(nnq.BatchNorm2d, nnq.BatchNorm3d, nniq.BNReLU2d, nniq.BNReLU3d, nnq.LayerNorm, nnq.GroupNorm),
+    *(nnq.InstanceNorm1d, nnq.InstanceNorm2d, nnq.InstanceNorm3d),
+    *(nnq.Hardswish, nnq.ELU, nnq.LeakyReLU, nnq.Sigmoid, nnq.Softmax, nnq.PReLU, nnq.QFunctional),
+)
+# Their own code does, given `Quantized` values.
+_AS_THEY_ARE = (
+    nnq.DeQuantize,
+    nnq.Dropout,
+    nnq.ReLU6,
+    nnq.FloatFunctional,
+    nnq.FXFloatFunctional,
+    nnq.MultiheadAttention,
+)
+
+
+def _refused(path: str, module: nn.Module) -> T2NErrorNotImplemented:
+    cls = type(module)
+    return T2NErrorNotImplemented(
+        f"module `{path}` is a {cls.__module__.removesuffix(f'.{cls.__name__.lower()}')}.{cls.__name__}, which has no reference form: "
+        "leave it float (no qconfig for it, a DeQuantStub before it), or give the float model to "
+        'quantize_and_verify(method="int8", calibration=...)'
+    )
+
+
+def _only_floats(module: nn.Module, args: Any, output: Any) -> None:
+    if any(isinstance(leaf, Quantized) for leaf in pytree.tree_leaves(output)):
+        raise T2NErrorNotImplemented("the model returns a quantized tensor: end it with a DeQuantStub")
