@@ -17,34 +17,35 @@ from torch_to_nnef.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
-# Calls that move elements of their first argument, or pick the largest: rounding to codes commutes with them.
-MOVES = IDENTITIES | {
-    aten.adaptive_max_pool1d.default,
-    aten.channel_shuffle.default,
-    aten.dropout.default,
-    aten.expand.default,
-    aten.feature_dropout.default,
-    aten.flatten.using_ints,
-    aten.flip.default,
-    aten.max_pool1d.default,
-    aten.max_pool2d.default,
-    aten.max_pool3d.default,
-    aten.permute.default,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-    aten.reshape.default,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.t.default,
-    aten.transpose.int,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.view.default,
-    aten._unsafe_view.default,
-}
+# Calls that pick the largest of some elements, or move elements of their first argument: rounding to codes commutes with them.
+POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
+MOVES = (
+    IDENTITIES
+    | POOLS
+    | {
+        aten.channel_shuffle.default,
+        aten.dropout.default,
+        aten.expand.default,
+        aten.feature_dropout.default,
+        aten.flatten.using_ints,
+        aten.flip.default,
+        aten.permute.default,
+        aten.pixel_shuffle.default,
+        aten.pixel_unshuffle.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+    }
+)
 JOINS = frozenset({aten.cat.default, aten.stack.default})
 
 

@@ -62,11 +62,10 @@ def _convolve(
     return convolve(x, weight.to(torch.float64), None, list(stride), 0, list(dilation), groups).to(torch.int32)
 
 
-def _rescale(sums: Tensor, scale: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-    """Sums * scale + bias in f32, one of each or one for each index of `axis`."""
-    shape = [-1 if i == axis % sums.dim() else 1 for i in range(sums.dim())]
-    scaled = sums.to(torch.float32) * scale.reshape(shape)
-    return scaled if bias is None else scaled + bias.reshape(shape)
+def _rescale(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Sums * scale + bias in f32; both have the rank of the sums and one element, or one a channel."""
+    scaled = sums.to(torch.float32) * scale
+    return scaled if bias is None else scaled + bias
 
 
 def _requantized(sums: Tensor, bias: Tensor, axis: int, scale: float, zero_point: int, low: int, high: int) -> Tensor:
@@ -127,7 +126,7 @@ dequantize_weight = _define(
 )
 linear = _define("integer_linear(Tensor codes, Tensor weight, int zero_point) -> Tensor", _linear)
 convolve = _define(f"integer_conv(Tensor codes, Tensor weight, int zero_point, {_WINDOW}) -> Tensor", _convolve)
-rescale = _define("rescale(Tensor sums, Tensor scale, Tensor? bias, int axis) -> Tensor", _rescale)
+rescale = _define("rescale(Tensor sums, Tensor scale, Tensor? bias) -> Tensor", _rescale)
 linear_requantized = _define(
     f"integer_linear_requantized(Tensor codes, Tensor weight, Tensor bias, int zero_point, {_TO_CODES}) -> Tensor",
     _linear_requantized,

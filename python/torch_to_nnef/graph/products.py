@@ -36,7 +36,7 @@ _NORMALIZATIONS: Mapping[OpOverload, int] = {
     aten.batch_norm.default: 7,
     aten._native_batch_norm_legit_no_training.default: 6,
 }  # where epsilon is
-_SCALE = ".sums_scale"
+_SCALE, _BIAS = ".sums_scale", ".sums_bias"
 
 
 def multiplied(graph: Graph) -> Graph:
@@ -93,9 +93,14 @@ def _product(rewriting: Rewriting, node: Node) -> bool:
     shape = out.shape if batched else (1, *out.shape)
     args = (value, factor.codes, codes.zero_point, *(_window(node, weight) if convolution else ()))
     sums = rewriting.add(ops.convolve if convolution else ops.linear, args, node, shape, torch.int32)
+    # In this shape, since tract takes eight times as long to multiply with what is unsqueezed.
+    broadcast = [-1 if i == (1 if convolution else len(shape) - 1) else 1 for i in range(len(shape))]
     scale = (factor.scale.to(torch.float64) * codes.scale).to(torch.float32)
-    scales = rewriting.store(scale, f"{factor.fqn}{_SCALE}")
-    rescaled = (sums, scales, bias, 1 if convolution else -1)
+    scales = rewriting.store(scale.reshape(broadcast), f"{factor.fqn}{_SCALE}")
+    if isinstance(bias, Value):
+        added = loaded(rewriting.tensors[rewriting.weights[bias.name]]).detach().to(torch.float32)
+        bias = rewriting.store(added.reshape(broadcast), f"{factor.fqn}{_BIAS}")
+    rescaled = (sums, scales, bias)
     if batched:
         rewriting.add(ops.rescale, rescaled, node, shape, out.dtype, out.name)
     else:
@@ -118,7 +123,7 @@ def _bias(rewriting: Rewriting, node: Node) -> Any:
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     if isinstance(bias, Value):
         bias = rewriting.current(bias)
-        return bias if len(bias.shape) == 1 else _ELSEWHERE
+        return bias if len(bias.shape) == 1 and rewriting.tensor(bias) is not None else _ELSEWHERE
     return bias
 
 
@@ -148,23 +153,27 @@ def _normalized(rewriting: Rewriting, node: Node) -> bool:
     if node.target not in _NORMALIZATIONS:
         return False
     maker = rewriting.maker(rewriting.current(node.args[0]))
-    if maker is None or maker.target is not ops.rescale or maker.args[3] != 1:
+    if maker is None or maker.target is not ops.rescale:
         return False
-    sums, scale, bias, axis = maker.args
+    sums, scale, bias = maker.args
+    broadcast = [-1 if i == 1 else 1 for i in range(len(sums.shape))]
+    if len(sums.shape) < 3:
+        return False
     gamma, beta, mean, variance = node.args[1:5]
     if any(v is not None and rewriting.tensor(v) is None for v in (bias, gamma, beta)) or mean is None:
         return False
 
     def values_of(value: Value | None, default: float) -> torch.Tensor:
         tensor = None if value is None else rewriting.tensor(value)
-        return torch.tensor(default, dtype=torch.float64) if tensor is None else loaded(tensor).to(torch.float64)
+        given = torch.tensor([default]) if tensor is None else loaded(tensor).detach()
+        return given.to(torch.float64).reshape(broadcast)
 
     slope = torch.rsqrt(values_of(variance, 1) + node.args[_NORMALIZATIONS[node.target]]) * values_of(gamma, 1)
     offset = (values_of(bias, 0) - values_of(mean, 0)) * slope + values_of(beta, 0)
     out, name = node.outputs[0], rewriting.weights[scale.name].removesuffix(_SCALE)
-    parts = (values_of(scale, 1) * slope, f"{name}.normalized{_SCALE}"), (offset, f"{name}.normalized.bias")
+    parts = (values_of(scale, 1) * slope, f"{name}.normalized{_SCALE}"), (offset, f"{name}.normalized{_BIAS}")
     folded = [rewriting.store(tensor.to(torch.float32), fqn) for tensor, fqn in parts]
-    rewriting.add(ops.rescale, (sums, *folded, axis), node, out.shape, out.dtype, out.name)
+    rewriting.add(ops.rescale, (sums, *folded), node, out.shape, out.dtype, out.name)
     return True
 
 

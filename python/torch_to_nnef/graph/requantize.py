@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from torch_to_nnef.graph import integer_ops as ops
-from torch_to_nnef.graph.codes import JOINS, MOVES, bounds
+from torch_to_nnef.graph.codes import JOINS, MOVES, POOLS, bounds
 from torch_to_nnef.graph.fold import values
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.graph.rewriting import Rewriting
-from torch_to_nnef.tensor.offload import loaded
 from torch_to_nnef.torch_internals import OpOverload
 
 aten = torch.ops.aten
@@ -102,12 +101,37 @@ class _Lifting:
         if node.target in _FUNCTIONS and (table := self._table(node, grid)) is not None:
             codes = self.rewriting.maker(node.args[0]).args[0]  # type: ignore[union-attr]
             return self._added(ops.look_up, (codes, table), value, node, name)
+        if node.target in POOLS and self._is_rescaled_by_channel(node.args[0]):
+            return self._rounded(*self._pooled(node, value, grid), like, name)
         if node.target in MOVES and self._is_integer(node.args[0]):
             return self._added(node.target, (self.codes(node.args[0], grid, like), *node.args[1:]), value, node, name)
         if node.target in JOINS and all(map(self._is_integer, node.args[0])):
             parts = [self.codes(part, grid, like) for part in node.args[0]]
             return self._added(node.target, (parts, *node.args[1:]), value, node, name)
         return self._rounded(value, grid, like, name)
+
+    def _is_rescaled_by_channel(self, value: Value) -> bool:
+        """Whether rounding has to be computed: then the fewer values are left by pooling, the better."""
+        node = self._source(value)
+        scale = self.rewriting.tensor(node.args[1]) if node is not None and node.target is ops.rescale else None
+        return scale is not None and scale.numel() > 1
+
+    def _pooled(self, node: Node, value: Value, grid: _Grid) -> tuple[Value, _Grid]:
+        """A pool over what is not bounded yet, and the bounds in codes."""
+        inner = node.args[0]
+        while (maker := self.rewriting.maker(inner)) is not None and (limits := bounds(maker)) is not None:
+            inner, grid = maker.args[0], grid.within(*limits)
+        if inner is node.args[0]:
+            return value, grid
+        args = (inner, *node.args[1:])
+        return self.rewriting.add(node.target, args, node, value.shape, value.dtype, kwargs=node.kwargs), grid
+
+    def _source(self, value: Value) -> Node | None:
+        """What `value` is moved and bounded from."""
+        node = self.rewriting.maker(value)
+        while node is not None and (node.target in MOVES or bounds(node) is not None):
+            node = self.rewriting.maker(node.args[0])
+        return node
 
     def _rounded(self, value: Value, grid: _Grid, like: Node, name: str) -> Value:
         return self.rewriting.add(ops.quantize, (value, *grid.parts), like, value.shape, torch.int8, name)
@@ -144,9 +168,7 @@ class _Lifting:
 
     def _is_integer(self, value: Value) -> bool:
         """Whether `value` comes from codes or sums without anything between that has to be computed in floats."""
-        node = self.rewriting.maker(value)
-        while node is not None and (node.target in MOVES or bounds(node) is not None):
-            node = self.rewriting.maker(node.args[0])
+        node = self._source(value)
         if node is not None and node.target in JOINS:
             return all(map(self._is_integer, node.args[0]))
         if node is not None and node.target in _FUNCTIONS:
@@ -187,7 +209,7 @@ def _fuse(rewriting: Rewriting, node: Node, makers: dict[str, Node], readers: Co
     rescale = makers.get(x.name)
     if rescale is None or rescale.target is not ops.rescale or readers[x.name] > 1:
         return False
-    sums, scale, bias, _ = rescale.args
+    sums, scale, bias = rescale.args
     product, scales = makers[sums.name], rewriting.tensor(scale)
     if readers[sums.name] > 1 or scales is None or scales.numel() != 1:
         return False
@@ -195,11 +217,11 @@ def _fuse(rewriting: Rewriting, node: Node, makers: dict[str, Node], readers: Co
     added = torch.zeros(channels) if bias is None else rewriting.tensor(bias)
     if added is None:
         return False
-    counts = torch.round(loaded(added).to(torch.float64) / scales.item())
+    counts = torch.round(added.to(torch.float64).reshape(-1) / scales.item())
     if counts.abs().max() > _LARGEST_BIAS:
         return False
-    bias = rewriting.store(counts.to(torch.int32), f"{rewriting.weights[scale.name]}.bias")
     codes, weight, *rest = product.args
+    bias = rewriting.store(counts.to(torch.int32), f"{rewriting.weights[weight.name]}.bias")
     args = (codes, weight, bias, *rest, scales.item() / step, zero_point, low, high)
     out = node.outputs[0]
     rewriting.add(_WHOLE[product.target], args, product, out.shape, torch.int8, out.name)

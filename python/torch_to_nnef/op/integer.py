@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from torch_to_nnef.graph import integer_ops as ops
+from torch_to_nnef.op import fragments_integer
 from torch_to_nnef.op.emitter import Emitter
 from torch_to_nnef.op.product import AXES
 from torch_to_nnef.op.registry import lowers
@@ -20,11 +21,13 @@ _LOW, _HIGH = ops.CODES
 def quantize(e: Emitter, x: Ref, scale: float, zero_point: int, low: int, high: int) -> Ref:
     """Codes: clamp(round_half_even(x / scale) + zero_point, low, high). tract's cast from f32 to i8 saturates."""
     inverse, x = 1.0 / scale, e.cast(x, torch.float32)
+    # Integers of this size are exact in f32: the zero point is added where the rounding constant is taken off.
+    rounding = fragments_integer.ROUNDING - zero_point
     if (low, high) == ops.CODES:
-        return e.op("t2n_quantize", x, dtype=torch.int8, inverse=inverse, zero_point=float(zero_point))
+        return e.op("t2n_quantize", x, dtype=torch.int8, inverse=inverse, rounding=rounding)
     return e.op(
         "t2n_quantize_within", x, dtype=torch.int8,
-        inverse=inverse, zero_point=float(zero_point), low=float(low), high=float(high),
+        inverse=inverse, rounding=rounding, low=float(low), high=float(high),
     )  # fmt: skip
 
 
@@ -54,8 +57,9 @@ def linear(e: Emitter, codes: Ref, weight: Ref, zero_point: int) -> Ref:
     )  # fmt: skip
     if zero_point == 0:
         return sums
-    correction = e.constant(_zero_point_sums(e, weight, zero_point), "zero_point")
-    return e.op("add", sums, e.unsqueeze(correction, range(codes.rank - 1)), out=e.out.shape)
+    shape = [1] * (codes.rank - 1) + [-1]
+    correction = e.constant(_zero_point_sums(e, weight, zero_point).reshape(shape), "zero_point")
+    return e.op("add", sums, correction, out=e.out.shape)
 
 
 @lowers(ops.linear_requantized)
@@ -123,13 +127,11 @@ def convolve_requantized(
 
 
 @lowers(ops.rescale)
-def rescale(e: Emitter, sums: Ref, scale: Ref, bias: Ref | None, axis: int) -> Ref:
+def rescale(e: Emitter, sums: Ref, scale: Ref, bias: Ref | None) -> Ref:
     """Sums * scale + bias in f32."""
-    scale = _along(e, scale, axis, sums.rank)
     if bias is None:
         value = e.op("mul", e.cast(sums, torch.float32), scale, out=sums.shape)
     else:
-        bias = _along(e, e.cast(bias, torch.float32), axis, sums.rank)
         value = e.op("t2n_rescale", sums, scale, bias, out=sums.shape, dtype=torch.float32)
     return e.cast(value, e.out.dtype)
 
