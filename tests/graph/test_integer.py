@@ -100,8 +100,10 @@ def test_convolution(name, q_in, per_channel, tmp_path):
     assert most <= 1, "sums are exact: rounding may fall the other way only where both codes are as near"
     # A bias in whole sums is off by half of one at most, a few thousandths of a code.
     assert share < 0.01
-    assert ('output_dt = "i8"' in text) is not per_channel  # requantized in the kernel
-    assert " conv(" not in text
+    depthwise = name == "depthwise"
+    in_kernel = 'output_dt = "i8"' in text or 'output = "i8"' in text
+    assert in_kernel is not (per_channel or depthwise)
+    assert (" conv(" in text) is depthwise  # exact integers in f32
 
 
 def _like(module):

@@ -6,7 +6,9 @@ implementations in tests alone; they say what tract has to compute.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +42,10 @@ def _dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor | None, 
     return shifted * scale.reshape(shape)
 
 
-def _linear(codes: Tensor, weight: Tensor, zero_point: int) -> Tensor:
-    """Sums [*, N] of (codes [*, K] - zero_point) times weight [N, K]."""
-    return ((codes.to(torch.int32) - zero_point) @ weight.to(torch.int32).mT).to(torch.int32)
+def _linear(codes: Tensor, weight: Tensor, zero_point: int, axis: int) -> Tensor:
+    """Sums of (codes - zero_point) times weight [N, K] or (N, K, 1, ...), over `axis` of K, which then has N."""
+    inputs = (codes.to(torch.int32) - zero_point).movedim(axis, -1)
+    return (inputs @ weight.to(torch.int32).flatten(1).mT).to(torch.int32).movedim(-1, axis)
 
 
 def _convolve(
@@ -76,9 +79,17 @@ def _requantized(sums: Tensor, bias: Tensor, axis: int, scale: float, zero_point
 
 
 def _linear_requantized(
-    codes: Tensor, weight: Tensor, bias: Tensor, zero_point: int, scale: float, out_zero_point: int, low: int, high: int
+    codes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    zero_point: int,
+    axis: int,
+    scale: float,
+    out_zero_point: int,
+    low: int,
+    high: int,
 ) -> Tensor:
-    return _requantized(_linear(codes, weight, zero_point), bias, -1, scale, out_zero_point, low, high)
+    return _requantized(_linear(codes, weight, zero_point, axis), bias, axis, scale, out_zero_point, low, high)
 
 
 def _convolve_requantized(
@@ -124,11 +135,11 @@ dequantize = _define("dequantize(Tensor codes, float scale, int zero_point) -> T
 dequantize_weight = _define(
     "dequantize_weight(Tensor codes, Tensor scale, Tensor? zero_point, int axis) -> Tensor", _dequantize_weight
 )
-linear = _define("integer_linear(Tensor codes, Tensor weight, int zero_point) -> Tensor", _linear)
+linear = _define("integer_linear(Tensor codes, Tensor weight, int zero_point, int axis) -> Tensor", _linear)
 convolve = _define(f"integer_conv(Tensor codes, Tensor weight, int zero_point, {_WINDOW}) -> Tensor", _convolve)
 rescale = _define("rescale(Tensor sums, Tensor scale, Tensor? bias) -> Tensor", _rescale)
 linear_requantized = _define(
-    f"integer_linear_requantized(Tensor codes, Tensor weight, Tensor bias, int zero_point, {_TO_CODES}) -> Tensor",
+    f"integer_linear_requantized(Tensor codes, Tensor weight, Tensor bias, int zero_point, int axis, {_TO_CODES}) -> Tensor",
     _linear_requantized,
 )
 convolve_requantized = _define(
@@ -138,5 +149,15 @@ convolve_requantized = _define(
 look_up = _define("look_up(Tensor codes, Tensor table) -> Tensor", _look_up)
 clamp_codes = _define("clamp_codes(Tensor codes, int low, int high) -> Tensor", _clamp_codes)
 embed = _define("integer_embedding(Tensor indices, Tensor codes, Tensor scale, Tensor? zero_point) -> Tensor", _embed)
+
+
+def is_depthwise(weight_shape: Sequence[Any], groups: int) -> bool:
+    """Whether each channel has its own filters: sums of few codes, which f32 holds exactly.
+
+    tract 0.23.9 computes them in f32 four to five times as fast as with its 8-bit kernels, which have no such case.
+    """
+    window = math.prod(weight_shape[2:])
+    return groups > 1 and weight_shape[1] == 1 and window * 128 * 255 < 1 << 24
+
 
 PRODUCTS = frozenset({linear, convolve, linear_requantized, convolve_requantized})

@@ -91,10 +91,15 @@ def _product(rewriting: Rewriting, node: Node) -> bool:
     if not batched:
         value = rewriting.add(aten.unsqueeze.default, (value, 0), node, (1, *value.shape), torch.int8)
     shape = out.shape if batched else (1, *out.shape)
-    args = (value, factor.codes, codes.zero_point, *(_window(node, weight) if convolution else ()))
-    sums = rewriting.add(ops.convolve if convolution else ops.linear, args, node, shape, torch.int32)
+    window = _window(node, weight) if convolution else ()
+    axis = 1 if convolution else len(shape) - 1
+    if convolution and not _is_pointwise(weight, *window):
+        target, args = ops.convolve, (value, factor.codes, codes.zero_point, *window)
+    else:
+        target, args = ops.linear, (value, factor.codes, codes.zero_point, axis)
+    sums = rewriting.add(target, args, node, shape, torch.int32)
     # In this shape, since tract takes eight times as long to multiply with what is unsqueezed.
-    broadcast = [-1 if i == (1 if convolution else len(shape) - 1) else 1 for i in range(len(shape))]
+    broadcast = [-1 if i == axis else 1 for i in range(len(shape))]
     scale = (factor.scale.to(torch.float64) * codes.scale).to(torch.float32)
     scales = rewriting.store(scale.reshape(broadcast), f"{factor.fqn}{_SCALE}")
     if isinstance(bias, Value):
@@ -125,6 +130,18 @@ def _bias(rewriting: Rewriting, node: Node) -> Any:
         bias = rewriting.current(bias)
         return bias if len(bias.shape) == 1 and rewriting.tensor(bias) is not None else _ELSEWHERE
     return bias
+
+
+def _is_pointwise(
+    weight: Value,
+    stride: Sequence[int],
+    before: Sequence[int],
+    behind: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether a convolution is a linear of each pixel."""
+    return groups == 1 and {*weight.shape[2:], *stride} == {1} and not any((*before, *behind))
 
 
 def _window(node: Node, weight: Value) -> tuple[Any, ...]:

@@ -213,6 +213,8 @@ def _fuse(rewriting: Rewriting, node: Node, makers: dict[str, Node], readers: Co
     product, scales = makers[sums.name], rewriting.tensor(scale)
     if readers[sums.name] > 1 or scales is None or scales.numel() != 1:
         return False
+    if product.target is ops.convolve and ops.is_depthwise(product.args[1].shape, product.args[-1]):
+        return False
     channels = product.args[1].shape[0]
     added = torch.zeros(channels) if bias is None else rewriting.tensor(bias)
     if added is None:

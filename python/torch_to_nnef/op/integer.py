@@ -48,16 +48,16 @@ def dequantize_weight(e: Emitter, codes: Ref, scale: Ref, zero_point: Ref | None
 
 
 @lowers(ops.linear)
-def linear(e: Emitter, codes: Ref, weight: Ref, zero_point: int) -> Ref:
+def linear(e: Emitter, codes: Ref, weight: Ref, zero_point: int, axis: int) -> Ref:
     """Sums of (codes - zero_point) * weight, i32."""
-    batch = AXES[: codes.rank - 1]
+    matrix, expr = _matrix(e, weight), _einsum(codes.rank, axis)
     sums = e.op(
-        "tract_core_einsum", [weight, codes], out=e.out.shape, dtype=torch.int32,
-        expr=f"nk,{batch}k->{batch}n", acc="i32", output="i32",
+        "tract_core_einsum", [matrix, codes], out=e.out.shape, dtype=torch.int32,
+        expr=expr.format(rest=""), acc="i32", output="i32",
     )  # fmt: skip
     if zero_point == 0:
         return sums
-    shape = [1] * (codes.rank - 1) + [-1]
+    shape = [-1 if i == axis else 1 for i in range(codes.rank)]
     correction = e.constant(_zero_point_sums(e, weight, zero_point).reshape(shape), "zero_point")
     return e.op("add", sums, correction, out=e.out.shape)
 
@@ -69,21 +69,32 @@ def linear_requantized(
     weight: Ref,
     bias: Ref,
     zero_point: int,
+    axis: int,
     scale: float,
     out_zero_point: int,
     low: int,
     high: int,
 ) -> Ref:
     """Sums, bias, scale, zero point and saturation in one operator."""
-    batch = AXES[: codes.rank - 1]
     if zero_point:
         bias = e.constant(e.tensor(bias) + _zero_point_sums(e, weight, zero_point), "bias")
+    matrix, expr = _matrix(e, weight), _einsum(codes.rank, axis)
     result = e.op(
-        "tract_core_einsum_q", [weight, codes], out=e.out.shape, dtype=torch.int8,
-        expr=f"nk,{batch}k,n,,,,,,->{batch}n", acc="i32", output="i8", bias=bias,
+        "tract_core_einsum_q", [matrix, codes], out=e.out.shape, dtype=torch.int8,
+        expr=expr.format(rest=",o,,,,,,"), acc="i32", output="i8", bias=bias,
         a0=0, a_scale=scale, b0=0, b_scale=1.0, c0=out_zero_point, c_scale=1.0,
     )  # fmt: skip
     return _clamped(e, result, low, high)
+
+
+def _einsum(rank: int, axis: int) -> str:
+    """The weight first, as everywhere; `rest` are the axes of further inputs."""
+    before, behind = AXES[:axis], AXES[axis : rank - 1]
+    return f"ok,{before}k{behind}{{rest}}->{before}o{behind}"
+
+
+def _matrix(e: Emitter, weight: Ref) -> Ref:
+    return e.squeeze(weight, range(2, weight.rank))
 
 
 @lowers(ops.convolve)
@@ -99,9 +110,22 @@ def convolve(
     groups: int,
 ) -> Ref:
     """Sums of (codes - zero_point) * weight over windows, i32; what lies around the input is `zero_point`."""
+    if ops.is_depthwise(weight.shape, groups):
+        return _in_floats(e, codes, weight, zero_point, _Window(stride, before, behind, dilation, groups))
     none = e.constant(torch.zeros(e.out.shape[1], dtype=torch.int32), "no_bias")
     window = _Window(stride, before, behind, dilation, groups)
     return _convolved(e, codes, weight, none, window, 1.0, zero_point, 0, "i32")
+
+
+def _in_floats(e: Emitter, codes: Ref, weight: Ref, zero_point: int, window: _Window) -> Ref:
+    """The same integers, held in f32."""
+    x = e.cast(codes, torch.float32)
+    x = e.op("sub", x, float(zero_point)) if zero_point else x
+    return e.op(
+        "conv", x, e.cast(weight, torch.float32), out=e.out.shape, border="constant",
+        padding=list(zip(window.before, window.behind, strict=True)),
+        stride=window.stride, dilation=window.dilation, groups=window.groups,
+    )  # fmt: skip
 
 
 @lowers(ops.convolve_requantized)
@@ -203,7 +227,7 @@ def _along(e: Emitter, parameter: Ref, axis: int, rank: int) -> Ref:
 
 def _zero_point_sums(e: Emitter, weight: Ref, zero_point: int) -> torch.Tensor:
     """What the zero point of the input adds to the sums of each channel."""
-    return (e.tensor(weight).to(torch.int32).sum(1) * -zero_point).to(torch.int32)
+    return (e.tensor(weight).flatten(1).to(torch.int32).sum(1) * -zero_point).to(torch.int32)
 
 
 def _clamped(e: Emitter, codes: Ref, low: int, high: int) -> Ref:
