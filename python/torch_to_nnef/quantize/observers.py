@@ -117,7 +117,7 @@ class Histogram:
     def filled(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(values, counts)`, f64 [n]: the middles of the bins that are not empty, ascending, and how many values each has; no zeros."""
         index = self._counts.nonzero().flatten()
-        return (index - self.BINS // 2 + 0.5) * self.width, self._counts[index]
+        return (index.double() - self.BINS // 2 + 0.5) * self.width, self._counts[index]
 
 
 class _Counting(Observer):
