@@ -122,7 +122,9 @@ def test_a_histogram_counts_every_value_once():
     middles, counts = seen.filled()
     assert (float(counts.sum()), seen.zeros) == (3000, 7)
     edges = torch.cat([middles - seen.width / 2, middles[-1:] + seen.width / 2])
-    expected = torch.stack([((values >= low) & (values < low + seen.width) & (values != 0)).sum() for low in edges[:-1]])
+    expected = torch.stack(
+        [((values >= low) & (values < low + seen.width) & (values != 0)).sum() for low in edges[:-1]]
+    )
     assert torch.equal(counts, expected.double())
     assert Histogram.BINS // 4 * seen.width <= values.abs().max() <= Histogram.BINS // 2 * seen.width
 
