@@ -40,7 +40,7 @@ _OTHER_MODEL = "target_bpw and max_kl: not for a method that makes another model
 class Budget:
     """What quantization may cost; one of both.
 
-    target_bpw: most bits a weight, on average over the weights that are packed otherwise (4.5 in Q40, 8 and the scales in int8, 16 in f16). max_kl: most
+    target_bpw: most bits a weight, on average over the weights that are packed otherwise (4.5 in Q40, 8 in int8, 16 in f16). max_kl: most
     KL(float || quantized) on the data, in nats, measured on the whole model.
     """
 
