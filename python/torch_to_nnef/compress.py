@@ -123,6 +123,8 @@ DEFAULT_COMPRESSION: dict[str, Method] = {
     **{f"int8_{name}": partial(quantize_static_int8, observer=name, method=f"int8_{name}") for name in OBSERVERS},
     "int8_per_tensor": partial(quantize_static_int8, per_channel=False, method="int8_per_tensor"),
 }
+_ANY_ROWS = (quantize_static_int8, keep_half, None)
+"""Methods for which rows need not be multiples of 32."""
 KEPT: dict[str, Method | None] = {"f16": keep_half, "f32": None}
 """What an override can ask for beside the keys of a registry."""
 DEFAULT_COMPRESSION_REGISTRY = f"{__name__}.DEFAULT_COMPRESSION"
@@ -166,8 +168,8 @@ class Choice:
     method: a key of `registry`, a callable with the signature of its values, or None: weights stay as they are.
     registry: name -> method. Beside its keys there are `f16` (`keep_half`) and `f32` (left as it is).
     overrides: filter -> key; of several that match a weight, the first counts.
-    fallback: what becomes of weights with rows that Q40 cannot hold: None, they stay as they are; `f16`; `pad`, zeros behind
-        them, where what reads them allows it; or `error`.
+    fallback: what becomes of weights that were to be Q40, but have rows that it cannot hold: None, they stay as they are; `f16`; `pad`,
+        zeros behind them, where what reads them allows it; or `error`.
     budget: what quantization may cost: weights that cost more for their bytes than others stay in f16.
     """
 
@@ -211,20 +213,18 @@ class Choice:
 
     def _quantized(self, model: nn.Module, selection: Selection, extras: Mapping[str, Any]) -> nn.Module:
         selection = replace(selection, pad=self.fallback == "pad")
+        *overrides, (method, rest) = parts = self._parts(selection)
         if self.fallback == "error":
-            _refuse_rows(find_targets(model, DEFAULT_CLASSES, selection))
-        excluded = [*as_filters(selection.exclude or ())]
-        for pattern, key in self.overrides.items():
-            chosen = replace(selection, include=pattern, exclude=[*excluded] or None)
+            in_q40 = [chosen for packs, chosen in parts if getattr(packs, "func", packs) not in _ANY_ROWS]
+            _refuse_rows(target for chosen in in_q40 for target in find_targets(model, DEFAULT_CLASSES, chosen))
+        for other, chosen in overrides:
             find_targets(model, DEFAULT_CLASSES, chosen)  # says that it selects nothing
-            if (method := self._of(key)) is not None:
-                model = call_method(method, model, selection=chosen, **extras)
-            excluded.append(pattern)
-        rest = replace(selection, exclude=excluded or None)
-        if (method := self._of(self.method)) is not None:
+            if other is not None:
+                model = call_method(other, model, selection=chosen, **extras)
+        if method is not None:
             held = dict(ModTensorUpdater(model).tensors())
             model = call_method(method, model, selection=rest, **extras)
-            if excluded:
+            if rest.exclude:
                 _check_excluded(model, held, replace(rest, include=None))
         if self.fallback == "f16":
             wide = {t.places[0].fqn for t in find_targets(model, DEFAULT_CLASSES, rest) if t.has_wrong_rows}
@@ -232,6 +232,14 @@ class Choice:
                 chosen = replace(rest, include=lambda module, fqn: fqn in wide)
                 model = call_method(keep_half, model, selection=chosen, **extras)
         return model
+
+    def _parts(self, selection: Selection) -> list[tuple[Method | None, Selection]]:
+        """Each override and then the method, with the weights that are left to it."""
+        excluded, parts = [*as_filters(selection.exclude or ())], []
+        for pattern, key in self.overrides.items():
+            parts.append((self._of(key), replace(selection, include=pattern, exclude=[*excluded] or None)))
+            excluded.append(pattern)
+        return [*parts, (self._of(self.method), replace(selection, exclude=excluded or None))]
 
     @property
     def methods(self) -> tuple[Method, ...]:

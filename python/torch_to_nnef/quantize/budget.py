@@ -20,6 +20,7 @@ from torch_to_nnef.quantize.rows import TensorRow, record, recording
 from torch_to_nnef.quantize.targets import Target
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.half import WIDE, as_half
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8
 from torch_to_nnef.tensor.quant.padded import QTensorTractPadded, padded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed, quantize_q40
 from torch_to_nnef.tensor.updater import ModTensorUpdater
@@ -39,7 +40,7 @@ _OTHER_MODEL = "target_bpw and max_kl: not for a method that makes another model
 class Budget:
     """What quantization may cost; one of both.
 
-    target_bpw: most bits a weight, on average over the weights that are packed otherwise (4.5 in Q40, 16 in f16). max_kl: most
+    target_bpw: most bits a weight, on average over the weights that are packed otherwise (4.5 in Q40, 8 in int8, 16 in f16). max_kl: most
     KL(float || quantized) on the data, in nats, measured on the whole model.
     """
 
@@ -83,7 +84,8 @@ def quantize_within(
         except BaseException:
             trial.restore()
             raise
-    why = {cost.fqn: f"f16: {cost.cost:.2g} {UNITS[trial.judge.measure]} in q40 alone" for cost in kept}
+    unit, storage = UNITS[trial.judge.measure], trial.storage
+    why = {cost.fqn: f"f16: {cost.cost:.2g} {unit} in {storage[cost.fqn]} alone" for cost in kept}
     LOGGER.info("%s of %s weights stay in f16", len(kept), len(order))
     for row in rows:
         record(replace(row, method=why[row.fqn]) if row.fqn in why else row)
@@ -146,7 +148,9 @@ class _Trial:
             raise T2NErrorInvalidArgument(_OTHER_MODEL)
         changed = {name: new for name, new in now.items() if new is not self._originals[name]}
         self._new = {name: new for name, new in changed.items() if isinstance(new, QTensor)}
-        self._packed = {name: new for name, new in self._new.items() if isinstance(new, QTensorTractScaleOnly)}
+        self._packed = {
+            name: new for name, new in self._new.items() if isinstance(new, (QTensorTractScaleOnly, QTensorInt8))
+        }
         self.alone = all(n in self._new or torch.equal(new, self._originals[n]) for n, new in changed.items())
         """Whether nothing but packed weights changed, so that each can be exchanged without the others."""
 
@@ -154,8 +158,15 @@ class _Trial:
         """Each weight as it may be put in the float model; those that only fit together are packed once more."""
         return self._packed if self.alone else {name: self._plain(name) for name in self._packed}
 
+    @property
+    def storage(self) -> Mapping[str, str]:
+        """How each packed weight is stored."""
+        return {name: packed.storage_name for name, packed in self._packed.items()}
+
     def _plain(self, name: str) -> QTensor:
         weight = self._originals[name].detach()
+        if isinstance(self._packed[name], QTensorInt8):
+            return self._packed[name]
         if isinstance(self._packed[name], QTensorTractTransposed):
             return quantize_q40(weight.mT, name=name).transposed()
         if isinstance(self._packed[name], QTensorTractPadded):

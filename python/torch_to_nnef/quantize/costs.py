@@ -17,6 +17,7 @@ from torch_to_nnef.quantize.sequence import Replay, Stage, order_of
 from torch_to_nnef.quantize.targets import Target
 from torch_to_nnef.tensor.offload import OffloadedTensor
 from torch_to_nnef.tensor.quant.base import QTensor
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8
 from torch_to_nnef.tensor.quant.qtract import QTensorTractTransposed
 from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
 
@@ -71,7 +72,9 @@ def costs_alone(
             name = names[id(target.tensor)]
             if progress:
                 progress(done, total, name)
-            with _held(target.places, packed[name].decompress()):
+            # 8-bit weights round their inputs too; values of others are all that there is to them.
+            held = packed[name] if isinstance(packed[name], QTensorInt8) else packed[name].decompress()
+            with _held(target.places, held):
                 # A weight with several uses may have some in front of the block; one without may have a use nobody saw.
                 outputs = replay.outputs() if stage.calls == 1 else [batch(model) for batch in judge.batches]
             found[name] = judge.distance(outputs)

@@ -117,7 +117,7 @@ class Histogram:
     def filled(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(values, counts)`, f64 [n]: the middles of the bins that are not empty, ascending, and how many values each has; no zeros."""
         index = self._counts.nonzero().flatten()
-        return (index - self.BINS // 2 + 0.5) * self.width, self._counts[index]
+        return (index.double() - self.BINS // 2 + 0.5) * self.width, self._counts[index]
 
 
 class _Counting(Observer):
@@ -157,13 +157,16 @@ class LeastSquares(_Counting):
 
     def bounds(self) -> tuple[float, float]:
         """As `Observer.bounds`: both ends shrink together, then each alone, as long as that helps."""
-        low, high = torch.tensor([[self._histogram.low], [self._histogram.high]], dtype=torch.float64)
+        seen = self._histogram
+        self._values, self._counts = seen.filled()
+        low, high = torch.tensor([[seen.low], [seen.high]], dtype=torch.float64)
         if not low < high:
             return 0.0, 0.0
-        low, high = self._best(low * _SHRINKS, high * _SHRINKS)
-        for shrinks in (_SHRINKS, _SHRINKS, torch.linspace(0.9, 1.1, 21, dtype=torch.float64)):
-            low, high = self._best(low, (high * shrinks).clamp(max=self._histogram.high))
-            low, high = self._best((low * shrinks).clamp(min=self._histogram.low), high)
+        coarse, fine = _SHRINKS[::2], torch.linspace(0.84, 1.16, 17, dtype=torch.float64)
+        low, high = self._best(low * coarse, high * coarse)
+        for shrinks in (coarse, coarse, fine):
+            low, high = self._best(low, (high * shrinks).clamp(max=seen.high))
+            low, high = self._best((low * shrinks).clamp(min=seen.low), high)
         return float(low), float(high)
 
     def _best(self, lows: torch.Tensor, highs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +177,7 @@ class LeastSquares(_Counting):
         return lows[best : best + 1], highs[best : best + 1]
 
     def _error(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        values, counts = self._histogram.filled()
+        values, counts = self._values, self._counts
         step = (high - low) / _STEPS
         if step <= 0:
             return torch.tensor(torch.inf, dtype=torch.float64)
