@@ -77,6 +77,7 @@ def sounds():
     return nn.Sequential(nn.Conv1d(8, 32, 5, dilation=2), nn.Tanh(), nn.ConvTranspose1d(32, 8, 4, stride=2))
 
 
+INTEGERS = {"integer_conv", "integer_linear"}
 # What makes the model, what makes inputs, which weights stay float and why.
 CASES = {
     "images": (images, lambda seed: draw(2, 3, 16, 16, seed=seed), {}),
@@ -114,7 +115,7 @@ def test_every_kind_of_weight(case, tmp_path):
     # 8 bits cost about 40 dB a layer.
     assert all(output.snr_db > 25 for comparison in report.quantization for output in comparison.outputs)
     if not left and case != "transformer":  # products of two activations stay float
-        assert report.arithmetic.integer_share == 1
+        assert {p.operator for p in report.arithmetic.products if "exact in f32" not in p.reason} <= INTEGERS
 
 
 @pytest.mark.parametrize("method", ["int8_per_tensor", "int8_min_max"])

@@ -162,6 +162,20 @@ def test_a_matrix_that_is_not_transposed(tmp_path):
     assert codes_differ(run(model, x, tmp_path)[1], OUT.scale)[0] == 0
 
 
+@pytest.mark.parametrize("per_channel", [True, False], ids=["per_channel", "per_tensor"])
+def test_graph_quant_says_what_codes_mean(per_channel, tmp_path):
+    """Where a weight has one scale, and nothing but integer products read it."""
+    fc, table = packed(nn.Linear(8, 4), IN, per_channel), packed(nn.Embedding(5, 8), per_channel=False)
+    run(Chain(lambda s, x: s.fc(s.table(x)), None, None, fc=fc, table=table), torch.tensor([1, 4]), tmp_path)
+    quant = tmp_path / "m.nnef" / "graph.quant"
+    if per_channel:
+        assert not quant.exists()
+    else:
+        scale = np.float32(fc.weight.qscheme.scale.item())
+        parameters = f"zero_point = 0, scale = {scale}, bits = 8, signed = true, symmetric = true"
+        assert quant.read_text() == f'"fc_weight": zero_point_linear_quantize({parameters});\n'
+
+
 ACTIVATIONS = {
     "relu": F.relu,
     "relu6": F.relu6,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import sympy
@@ -51,7 +51,8 @@ class Graph:
     """Inputs, weights and nodes in topological order. `input_names` are the user's, one an input.
 
     `weights` maps a value name to the fqn whose tensor it holds; `tensors` maps that fqn to the tensor (a `QTensor` stays packed).
-    `symbols` are the axis names in use, in order of appearance.
+    `symbols` are the axis names in use, in order of appearance. `scales` says of a tensor of 8-bit codes that only integer products read
+    what one code means, if that is one number.
     """
 
     inputs: tuple[Value, ...]
@@ -61,3 +62,4 @@ class Graph:
     nodes: tuple[Node, ...]
     outputs: tuple[Value, ...]
     symbols: tuple[str, ...]
+    scales: Mapping[str, float] = field(default_factory=dict)

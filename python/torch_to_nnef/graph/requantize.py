@@ -75,7 +75,8 @@ def requantize(graph: Graph) -> Graph:
             lifting.rewriting.replace(out, lifting.codes(lifting.rewriting.current(x), _Grid(*parts), node, out.name))
         else:
             lifting.rewriting.keep(node)
-    return _fused(lifting.rewriting.done())
+    graph = _fused(lifting.rewriting.done())
+    return replace(graph, scales=_scales(graph))
 
 
 class _Lifting:
@@ -186,6 +187,22 @@ def _limits(node: Node | None) -> tuple[int, int]:
     if node is not None and node.target in (ops.quantize, ops.clamp_codes):
         return node.args[-2], node.args[-1]
     return ops.CODES
+
+
+def _scales(graph: Graph) -> dict[str, float]:
+    """What a code means, of weights that only integer products read."""
+    scales, others = dict[str, float](), set[str]()
+    for node in graph.nodes:
+        multiplied = node.args[1] if node.target in ops.PRODUCTS else None
+        depthwise = node.target is ops.convolve and ops.is_depthwise(node.args[1].shape, node.args[-1])
+        for value in values((node.args, dict(node.kwargs))):
+            fqn = graph.weights.get(value.name, "")
+            scale = graph.tensors.get(f"{fqn}.scale")
+            if value is not multiplied or depthwise or scale is None or scale.numel() > 1:
+                others.add(fqn)
+            else:
+                scales[fqn] = scale.item()
+    return {fqn: scale for fqn, scale in scales.items() if fqn not in others}
 
 
 _WHOLE = {ops.linear: ops.linear_requantized, ops.convolve: ops.convolve_requantized}

@@ -13,7 +13,8 @@ class Document:
     """All that graph.nnef says, and the tensors it names.
 
     `extensions` are further lines behind `extension` (`tract_assert S >= 1`); `properties` become
-    tract_core_properties; `fragments` are those that handlers defined for this graph alone.
+    tract_core_properties; `fragments` are those that handlers defined for this graph alone; `scales`, by identifier, are the lines of
+    graph.quant: what a code of a variable in 8 bits means.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Document:
     extensions: tuple[str, ...] = ()
     properties: Mapping[str, str] = field(default_factory=dict)
     fragments: Mapping[str, Fragment] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def operators(self) -> frozenset[str]:

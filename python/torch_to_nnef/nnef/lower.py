@@ -144,6 +144,7 @@ class _Lowering:
             tuple(variables),
             self.graph.symbols,
             fragments=self.emitter.fragments,
+            scales={v.id: self.graph.scales[v.label] for v in variables if v.label in self.graph.scales},
         )
         return Lowered(document, identifiers)
 

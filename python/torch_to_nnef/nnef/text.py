@@ -47,6 +47,12 @@ def graph_text(document: Document) -> str:
     return "\n".join(parts)
 
 
+def quant_text(document: Document) -> str:
+    """The file graph.quant: the scale of weights in 8 bits that have one. To tract they are typed then; their products are the same."""
+    form = "zero_point_linear_quantize(zero_point = 0, scale = {}, bits = 8, signed = true, symmetric = true)"
+    return "".join(f'"{name}": {form.format(_literal(scale))};\n' for name, scale in sorted(document.scales.items()))
+
+
 def _external(ref: Ref) -> str:
     shape = _literal(list(ref.shape))
     generic = _GENERIC.get(ref.dtype)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch_to_nnef._native import ArchiveWriter
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.nnef.document import Document
-from torch_to_nnef.nnef.text import graph_text
+from torch_to_nnef.nnef.text import graph_text, quant_text
 from torch_to_nnef.op.dtypes import tract_dtype
 from torch_to_nnef.quantize.apply import Progress
 from torch_to_nnef.tensor.offload import loaded
@@ -50,6 +50,8 @@ def write_archive(
     writer = ArchiveWriter(path, form, compression_level or (1 if form == "tgz" else 0))  # type: ignore[arg-type]
     try:
         writer.add_text("graph.nnef", graph_text(document))
+        if document.scales:
+            writer.add_text("graph.quant", quant_text(document))
         for variable in document.variables:
             if progress:
                 progress(done, total, variable.label)
