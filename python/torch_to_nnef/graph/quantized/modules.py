@@ -85,24 +85,20 @@ def _reduces_range() -> bool:
 def _conv(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
     def made(source: Any) -> Weight:
         weight, bias = source._weight_bias()
+        arguments = source.scale, source.zero_point
         options = {name: getattr(source, name) for name in _WINDOW}
-        product = partial(_called, function, **options)
-        if source.padding_mode != "zeros":
-            around = [size for size in reversed(source.padding) for _ in range(2)]
-            product = partial(_padded, function, around, source.padding_mode, **{**options, "padding": 0})
-        return Weight(as_int8(weight), bias, product, operator, (source.scale, source.zero_point))
+        if source.padding_mode == "zeros":
+            return Weight(as_int8(weight), bias, partial(_called, function, **options), operator, arguments)
+        around = [size for size in reversed(source.padding) for _ in range(2)]
+        product = partial(_called, function, **{**options, "padding": 0})
+        before = partial(functional.pad, pad=around, mode=source.padding_mode)
+        return Weight(as_int8(weight), bias, product, operator, arguments, before)
 
     return made
 
 
 def _called(function: Callable[..., torch.Tensor], x: Any, weight: Any, bias: Any, **options: Any) -> torch.Tensor:
     return function(x, weight, bias, **options)
-
-
-def _padded(
-    function: Callable[..., torch.Tensor], around: list[int], mode: str, x: Any, weight: Any, bias: Any, **options: Any
-) -> torch.Tensor:
-    return function(functional.pad(x, around, mode), weight, bias, **options)
 
 
 def _transposed(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
