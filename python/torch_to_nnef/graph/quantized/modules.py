@@ -22,6 +22,7 @@ from torch_to_nnef.graph.quantized.values import Quantized, quantize_per_tensor
 from torch_to_nnef.graph.quantized.weights import Weight, as_int8
 from torch_to_nnef.torch_internals import pytree
 
+_WINDOW = ("stride", "padding", "dilation", "groups")
 _CONVERTED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
 
 
@@ -73,39 +74,31 @@ def _static_linear(operator: str, *names: str) -> Callable[[Any], Weight]:
 
 
 def _dynamic_linear(operator: str) -> Callable[[Any], Weight]:
-    # From this version on, activations have 7 bits.
-    return lambda source: _linear(source, operator, source.version is not None and source.version >= 4)
+    # From this version on, activations have 7 bits, but never for qnnpack.
+    return lambda source: _linear(source, operator, (source.version or 0) >= 4 and _reduces_range())
+
+
+def _reduces_range() -> bool:
+    return torch.backends.quantized.engine != "qnnpack"
 
 
 def _conv(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
     def made(source: Any) -> Weight:
         weight, bias = source._weight_bias()
-        padded = source.padding_mode != "zeros"
-        product = partial(
-            _convolve,
-            function,
-            padding_mode=source.padding_mode,
-            around=source._reversed_padding_repeated_twice if padded else (),
-            stride=source.stride,
-            padding=0 if padded else source.padding,
-            dilation=source.dilation,
-            groups=source.groups,
-        )
-        return Weight(as_int8(weight), bias, product, operator, (source.scale, source.zero_point))
+        arguments = source.scale, source.zero_point
+        options = {name: getattr(source, name) for name in _WINDOW}
+        if source.padding_mode == "zeros":
+            return Weight(as_int8(weight), bias, partial(_called, function, **options), operator, arguments)
+        around = [size for size in reversed(source.padding) for _ in range(2)]
+        product = partial(_called, function, **{**options, "padding": 0})
+        before = partial(functional.pad, pad=around, mode=source.padding_mode)
+        return Weight(as_int8(weight), bias, product, operator, arguments, before)
 
     return made
 
 
-def _convolve(
-    function: Callable[..., torch.Tensor],
-    x: Any,
-    weight: Any,
-    bias: Any,
-    padding_mode: str,
-    around: Any,
-    **options: Any,
-) -> torch.Tensor:
-    return function(functional.pad(x, around, padding_mode) if around else x, weight, bias, **options)
+def _called(function: Callable[..., torch.Tensor], x: Any, weight: Any, bias: Any, **options: Any) -> torch.Tensor:
+    return function(x, weight, bias, **options)
 
 
 def _transposed(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
@@ -129,18 +122,14 @@ def _reference(function: Callable[..., torch.Tensor], *names: str) -> Callable[[
     return made
 
 
-def _called(function: Callable[..., torch.Tensor], x: Any, weight: Any, bias: Any, **options: Any) -> torch.Tensor:
-    return function(x, weight, bias, **options)
-
-
 def _embedding(source: Any) -> Weight:
     return Weight(as_int8(source.weight()), None, lambda indices, weight, _: functional.embedding(indices, weight))
 
 
 def _numbered(source: nn.Module) -> nn.Module:
     """The module itself, its scale and zero point as numbers instead of buffers, since a graph holds them as such."""
-    made = source.__class__.__new__(source.__class__)
-    made.__dict__ = {**source.__dict__, "_buffers": dict(source._buffers), "_parameters": dict(source._parameters)}
+    made: nn.Module = source.__class__.__new__(source.__class__)
+    made.__dict__ = {name: copy.copy(held) if isinstance(held, dict) else held for name, held in vars(source).items()}
     for name, number in (("scale", float), ("zero_point", int)):
         value: Any = made._buffers.pop(name, None)
         value = getattr(source, name) if value is None else value
@@ -148,7 +137,12 @@ def _numbered(source: nn.Module) -> nn.Module:
     return made
 
 
-_WINDOW = ("stride", "padding", "dilation", "groups")
+def _prelu(source: Any) -> nn.Module:
+    made = _numbered(source)
+    made.weight = nn.Parameter(source.weight.dequantize(), requires_grad=False)
+    return made
+
+
 STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
     nnq.Quantize: Quantize,
     nnq.Linear: _static_linear("quantized.linear"),
@@ -169,6 +163,7 @@ STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
     nnq.ConvTranspose2d: _transposed("quantized.conv_transpose2d", functional.conv_transpose2d),
     nnq.ConvTranspose3d: _transposed("quantized.conv_transpose3d", functional.conv_transpose3d),
     nnq.Embedding: _embedding,
+    nnq.PReLU: _prelu,
     nnqr.Linear: _reference(functional.linear),
     nnqr.Conv1d: _reference(functional.conv1d, *_WINDOW),
     nnqr.Conv2d: _reference(functional.conv2d, *_WINDOW),
@@ -178,7 +173,7 @@ STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
 _NUMBERED = (
     *(nnq.BatchNorm2d, nnq.BatchNorm3d, nniq.BNReLU2d, nniq.BNReLU3d, nnq.LayerNorm, nnq.GroupNorm),
     *(nnq.InstanceNorm1d, nnq.InstanceNorm2d, nnq.InstanceNorm3d),
-    *(nnq.Hardswish, nnq.ELU, nnq.LeakyReLU, nnq.Sigmoid, nnq.Softmax, nnq.PReLU, nnq.QFunctional),
+    *(nnq.Hardswish, nnq.ELU, nnq.LeakyReLU, nnq.Sigmoid, nnq.Softmax, nnq.QFunctional),
 )
 # Their own code does, given `Quantized` values.
 _AS_THEY_ARE = (

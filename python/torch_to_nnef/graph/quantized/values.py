@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,15 +18,28 @@ CODES = {torch.quint8: torch.uint8, torch.qint8: torch.int8}
 
 
 class Quantized:
-    """A float tensor whose values have codes, and what the codes mean.
+    """Codes of 8 bits, and what they mean.
 
     It is no tensor: torch's functions give calls with one to `__torch_function__`, so the forward of a converted model runs as it is
     written. Whatever has no rule here is refused.
     """
 
-    def __init__(self, value: torch.Tensor, qparams: QParams) -> None:
-        self.value = value
+    def __init__(self, codes: torch.Tensor, qparams: QParams) -> None:
+        self.codes = codes
         self.qparams = qparams
+
+    @cached_property
+    def value(self) -> torch.Tensor:
+        """The float values."""
+        return self.steps(self.qparams.scale)
+
+    def steps(self, scale: float = 1.0) -> torch.Tensor:
+        """The values in steps of `scale`; in steps of 1 they are integers, which sums keep exact."""
+        q = self.qparams
+        value: torch.Tensor = quantized_decomposed.dequantize_per_tensor(
+            self.codes, scale, q.zero_point, q.quant_min, q.quant_max, q.dtype
+        )
+        return value
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,9 +80,14 @@ class Quantized:
 
 def onto(value: torch.Tensor, qparams: QParams) -> Quantized:
     """`value` rounded to `qparams`; always written out, so that every operator stands between a dequantize and a quantize."""
-    meaning = (qparams.scale, qparams.zero_point, qparams.quant_min, qparams.quant_max, qparams.dtype)
-    codes = quantized_decomposed.quantize_per_tensor(value, *meaning)
-    return Quantized(quantized_decomposed.dequantize_per_tensor(codes, *meaning), qparams)
+    return Quantized(_codes(value, qparams, qparams.scale), qparams)
+
+
+def _codes(value: torch.Tensor, q: QParams, scale: float) -> torch.Tensor:
+    codes: torch.Tensor = quantized_decomposed.quantize_per_tensor(
+        value, scale, q.zero_point, q.quant_min, q.quant_max, q.dtype
+    )
+    return codes
 
 
 def per_tensor(scale: Any, zero_point: Any, dtype: torch.dtype) -> QParams:
@@ -97,7 +115,7 @@ def call(func: Any, *args: Any, **kwargs: Any) -> Any:
         return OPERATORS[name](*args, **kwargs)
     if name in _FACTS:
         return func(args[0].value, *args[1:], **kwargs)
-    if base not in _SAME and base not in _FIXED:
+    if base not in _SAME and base not in _FIXED and base not in _AVERAGES:
         raise T2NErrorNotImplemented(
             f"`{name}` of a quantized tensor has no reference form: put a DeQuantStub before it (and a QuantStub behind), "
             "or leave it to a module that is converted"
@@ -106,12 +124,15 @@ def call(func: Any, *args: Any, **kwargs: Any) -> Any:
     if inplace:
         func, kwargs = _out_of_place(func, base), {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
     first = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Quantized))
-    args, kwargs = pytree.tree_map_only(Quantized, lambda q: q.value, (args, kwargs))
     qparams = _FIXED[base](first.qparams) if base in _FIXED else first.qparams
+    if base in _AVERAGES:
+        return Quantized(_codes(func(first.steps(), *args[1:], **kwargs), qparams, 1.0), qparams)
+    args, kwargs = pytree.tree_map_only(Quantized, lambda q: q.value, (args, kwargs))
     result = pytree.tree_map_only(torch.Tensor, lambda value: onto(value, qparams), func(*args, **kwargs))
     if not inplace:
         return result
-    first.value, first.qparams = result.value, result.qparams
+    first.__dict__.update(result.__dict__)
+    first.__dict__.pop("value", None)
     return first
 
 
@@ -123,8 +144,23 @@ def _out_of_place(func: Any, base: str) -> Any:
 
 # Answered by the float tensor.
 _FACTS = frozenset(("device", "dim", "is_contiguous", "ndim", "ndimension", "numel", "shape", "size", "stride"))
+# Means of codes often lie in the middle between two codes. In integers they are rounded as torch rounds them where channels are last in
+# memory, as quantized convolutions leave them; for other layouts torch adds the zero point before it rounds half to even.
+_AVERAGES = frozenset(
+    (
+        *(
+            "adaptive_avg_pool1d",
+            "adaptive_avg_pool2d",
+            "adaptive_avg_pool3d",
+            "avg_pool1d",
+            "avg_pool2d",
+            "avg_pool3d",
+        ),
+        *("interpolate", "upsample"),
+    )
+)
 # Results keep the scale and zero point of the (first) input. What selects or compares values, or moves them, changes no code; what
-# averages, interpolates or bends them is rounded.
+# bends them is rounded.
 _SAME = frozenset(
     (
         *(
@@ -136,7 +172,7 @@ _SAME = frozenset(
             "avg_pool3d",
         ),
         *("cat", "channel_shuffle", "chunk", "clamp", "clip", "clone", "concat", "contiguous", "detach", "dropout"),
-        *("expand", "expand_as", "flatten", "flip", "gelu", "hardtanh", "index_select", "interpolate", "leaky_relu"),
+        *("expand", "expand_as", "flatten", "flip", "gelu", "hardtanh", "index_select", "leaky_relu"),
         *("masked_fill", "max_pool1d", "max_pool2d", "max_pool3d", "mean", "movedim", "narrow", "pad", "permute"),
         *(
             "pixel_shuffle",
@@ -353,6 +389,9 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
 }
 
 
+_SMALLEST_STEP = 6.1e-5
+
+
 def run_time(x: torch.Tensor, reduce_range: bool) -> torch.Tensor:
     """`x` rounded to the unsigned codes that its own range asks for, as `quantized::linear_dynamic` does.
 
@@ -360,8 +399,8 @@ def run_time(x: torch.Tensor, reduce_range: bool) -> torch.Tensor:
     """
     largest = 127 if reduce_range else 255
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-    scale = (high - low) / largest
-    scale = torch.where(scale == 0, 0.1, scale)
-    zero_point = torch.round(-low / scale)
+    step = (high - low) / largest
+    zero_point = torch.round(-low / torch.where(step > 0, step, 1.0))
+    scale = step.clamp(min=_SMALLEST_STEP)
     codes = torch.clamp(torch.round(x / scale) + zero_point, 0, largest)
     return (codes - zero_point) * scale

@@ -13,11 +13,15 @@ from torch_to_nnef.graph.quantized.values import OPERATORS, call
 from torch_to_nnef.tensor.quant.int8 import QTensorInt8
 
 
+def _as_is(x: Any) -> Any:
+    return x
+
+
 class Weight(nn.Module):
     """A weight packed for torch's engines, as a parameter, and the float product with it.
 
     It stands for a whole converted module: inputs, this weight and `arguments` go to `operator`, the name of one above; the product
-    alone is what a module without one computes.
+    alone is what a module without one computes. `before` is done to the (first) input.
     """
 
     weight: torch.Tensor
@@ -30,11 +34,12 @@ class Weight(nn.Module):
         function: Callable[..., torch.Tensor],
         operator: str = "",
         arguments: Sequence[Any] = (),
+        before: Callable[[Any], Any] = _as_is,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.function, self.operator, self.arguments = function, operator, tuple(arguments)
+        self.function, self.operator, self.arguments, self.before = function, operator, tuple(arguments), before
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,11 +49,10 @@ class Weight(nn.Module):
         """The linear layer, convolution or lookup itself."""
         return self.function(x, self.weight, self.bias)
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, x: Any, *others: Any) -> Any:
         """What the converted module computes."""
-        if not self.operator:
-            return self.product(*inputs)
-        return OPERATORS[self.operator](*inputs, self, *self.arguments)
+        x = self.before(x)
+        return OPERATORS[self.operator](x, *others, self, *self.arguments) if self.operator else self.product(x)
 
 
 def as_int8(weight: torch.Tensor) -> QTensorInt8:

@@ -1,0 +1,448 @@
+"""Models converted by torch.ao: the reference computes what torch's integer engines compute, to the last code where they are exact."""
+
+import copy
+
+import pytest
+import torch
+import torch.ao.nn.intrinsic.quantized as nniq
+import torch.ao.nn.quantized as nnq
+import torch.ao.nn.quantized.dynamic as nnqd
+import torch.nn.functional as F
+from torch import nn
+from torch.ao import quantization as tq
+from torch.ao.quantization.backend_config import get_onednn_backend_config
+from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx, prepare_qat_fx
+
+from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.graph.capture import capture
+from torch_to_nnef.graph.inputs import prepare
+from torch_to_nnef.graph.quantized import float_reference
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*are deprecated:UserWarning"),
+    pytest.mark.filterwarnings("ignore:All inputs of this cat operator must share:UserWarning"),
+    # Observers of torch.ao.
+    pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),
+    pytest.mark.filterwarnings("ignore:must run observer before calling calculate_qparams:UserWarning"),
+]
+ENGINES = ["fbgemm", "qnnpack", "onednn"]
+
+
+@pytest.fixture(autouse=True)
+def engine(request):
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = getattr(request, "param", "fbgemm")
+    yield torch.backends.quantized.engine
+    torch.backends.quantized.engine = before
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Wrapped(nn.Module):
+    """A module between the stubs of eager mode, behind a relu that makes zero points differ."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
+        self.body = nn.Sequential(*modules)
+
+    def forward(self, x):
+        return self.dequant(self.body(self.quant(x)))
+
+
+def eager(model, x, fuse=()):
+    torch.manual_seed(0)
+    model = model.eval()
+    model = tq.fuse_modules(model, list(fuse)) if fuse else model
+    model.qconfig = tq.get_default_qconfig(torch.backends.quantized.engine)
+    prepared = tq.prepare(model)
+    for seed in range(3):
+        prepared(noise(*x.shape, seed=seed))
+    return tq.convert(prepared)
+
+
+def steps_off(found, expected):
+    """Differences in codes, the step being the smallest difference between two outputs."""
+    levels = expected.unique().double().diff()
+    step = levels[levels > levels.max() * 1e-3].min() if len(levels) else torch.tensor(1.0)
+    return ((found.double() - expected.double()) / step).abs().round()
+
+
+# Products in floats are summed in another order, and now and then one lies between two codes.
+TIES = 0.005
+
+
+def assert_reference(model, x, share=TIES):
+    """The reference of `model` is within one code of it, and differs in at most `share` of the outputs."""
+    before = {name: id(p) for name, p in model.named_parameters()}
+    expected = model(x)
+    reference = float_reference(model)
+    off = steps_off(reference(x), expected)
+    assert off.max() <= 1
+    assert (off > 0).float().mean() <= share
+    assert torch.equal(copy.deepcopy(reference)(x), reference(x))
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert torch.equal(model(x), expected)
+    program = capture(reference, prepare(reference, (x,), None, {})).program
+    assert not any(str(node.target).startswith("quantized.") for node in program.graph.nodes)
+    return reference
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
+        self.c1, self.b1, self.r1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.c2 = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.ff = nnq.FloatFunctional()
+        self.hs = nn.Hardswish()
+        self.fc1, self.r2, self.fc2 = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5)
+
+    def forward(self, x):
+        y = self.r1(self.b1(self.c1(self.quant(x))))
+        y = self.ff.add(y, self.hs(self.c2(y)))
+        y = F.adaptive_avg_pool2d(F.max_pool2d(y, 2), 1).flatten(1)
+        return self.dequant(self.fc2(self.r2(self.fc1(y))))
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_chain(engine):
+    x = noise(16, 3, 16, 16, seed=9)
+    model = eager(Chain(), x, [["c1", "b1", "r1"], ["fc1", "r2"]])
+    # One sum in tens of thousands lies between two codes, and moves all outputs behind it.
+    reference = assert_reference(model, x, share=0.1)
+    weights = {name: p for name, p in reference.named_parameters() if name.endswith("weight")}
+    assert list(weights) == ["c1.weight", "c2.weight", "fc1.weight", "fc2.weight"]
+    for name, weight in weights.items():
+        packed = model.get_submodule(name.removesuffix(".weight")).weight()
+        assert isinstance(weight, QTensorInt8)
+        assert torch.equal(weight.codes, packed.int_repr())
+        assert torch.equal(weight.decompress(), packed.dequantize())
+        assert (weight.axis is None) == (engine == "qnnpack")
+
+
+MODULES = {
+    "linear": (lambda: [nn.Linear(8, 6)], (5, 8)),
+    "linear without bias": (lambda: [nn.Linear(8, 6, bias=False)], (2, 5, 8)),
+    "conv1d": (lambda: [nn.Conv1d(4, 6, 3, stride=2, padding=1)], (2, 4, 9)),
+    "conv2d": (lambda: [nn.Conv2d(4, 6, 3, stride=2, padding=(1, 2), dilation=2, bias=False)], (2, 4, 9, 9)),
+    "conv2d reflected": (lambda: [nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")], (2, 4, 9, 9)),
+    "conv3d": (lambda: [nn.Conv3d(2, 6, 3, padding=1)], (2, 2, 5, 5, 5)),
+    "batch norm": (lambda: [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)], (2, 4, 9, 9)),
+    "batch norm 3d": (lambda: [nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6)], (2, 2, 5, 5, 5)),
+    "layer norm": (lambda: [nn.LayerNorm(8)], (5, 8)),
+    "group norm": (lambda: [nn.GroupNorm(2, 4)], (2, 4, 9)),
+    "instance norm 1d": (lambda: [nn.InstanceNorm1d(4, affine=True)], (2, 4, 9)),
+    "instance norm 2d": (lambda: [nn.InstanceNorm2d(4, affine=True)], (2, 4, 9, 9)),
+    "instance norm 3d": (lambda: [nn.InstanceNorm3d(4, affine=True)], (2, 4, 5, 5, 5)),
+    "relu6": (lambda: [nn.ReLU6()], (5, 8)),
+    "hardswish": (lambda: [nn.Hardswish()], (5, 8)),
+    "elu": (lambda: [nn.ELU(0.7)], (5, 8)),
+    "leaky relu": (lambda: [nn.LeakyReLU(0.17)], (5, 8)),
+    "sigmoid": (lambda: [nn.Sigmoid()], (5, 8)),
+    "dropout": (lambda: [nn.Dropout(), nn.Linear(8, 6)], (5, 8)),
+    "functions": (lambda: [nn.ReLU(inplace=True), nn.Tanh(), nn.MaxPool1d(2), nn.Flatten()], (5, 4, 8)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module(name):
+    make, shape = MODULES[name]
+    x = noise(*shape, seed=9)
+    torch.manual_seed(1)
+    assert_reference(eager(Wrapped(*make()), x), x)
+
+
+def prelu():
+    module = nnq.PReLU(0.021, 77, 8)
+    module.set_weight(torch.quantize_per_tensor(noise(8), 0.013, 120, torch.quint8))
+    return module
+
+
+@pytest.mark.parametrize("make", [prelu, lambda: nnq.Softmax(-1, 1 / 256, 0)])
+def test_module_that_eager_mode_does_not_make(make):
+    x = noise(5, 8, seed=9)
+    assert_reference(nn.Sequential(nnq.Quantize(0.021, 77, torch.quint8), make(), nnq.DeQuantize()), x)
+
+
+@pytest.mark.parametrize("engine", ["qnnpack"], indirect=True)
+@pytest.mark.parametrize(
+    ("cls", "shape"),
+    [
+        (nn.ConvTranspose1d, (2, 4, 9)),
+        (nn.ConvTranspose2d, (2, 4, 9, 9)),
+        (nn.ConvTranspose3d, (2, 4, 5, 5, 5)),
+    ],
+)
+def test_transposed_convolution(engine, cls, shape):
+    x = noise(*shape, seed=9)
+    torch.manual_seed(1)
+    if cls is nn.ConvTranspose3d:  # which only fbgemm has
+        torch.backends.quantized.engine = "fbgemm"
+        model = Wrapped(cls(4, 6, 3, stride=2, padding=1, output_padding=1))
+        qconfig = tq.QConfig(activation=tq.default_observer, weight=tq.default_weight_observer)
+        model.body.qconfig = qconfig
+    else:
+        model = Wrapped(cls(4, 6, 3, stride=2, padding=1, output_padding=1))
+    # qnnpack rounds biases to steps of the sums.
+    assert_reference(eager(model, x), x, share=0.005)
+
+
+@pytest.mark.parametrize(
+    ("modules", "shape", "fused", "cls"),
+    [
+        (lambda: [nn.Conv1d(4, 6, 3), nn.ReLU()], (2, 4, 9), ["0", "1"], nniq.ConvReLU1d),
+        (lambda: [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()], (2, 4, 9, 9), ["0", "1", "2"], nniq.ConvReLU2d),
+        (lambda: [nn.Conv3d(4, 6, 3), nn.ReLU()], (2, 4, 5, 5, 5), ["0", "1"], nniq.ConvReLU3d),
+        (lambda: [nn.Linear(8, 6), nn.ReLU()], (5, 8), ["0", "1"], nniq.LinearReLU),
+        (lambda: [nn.BatchNorm2d(4), nn.ReLU()], (2, 4, 9, 9), ["0", "1"], nniq.BNReLU2d),
+        (lambda: [nn.BatchNorm3d(4), nn.ReLU()], (2, 4, 5, 5, 5), ["0", "1"], nniq.BNReLU3d),
+    ],
+)
+def test_fused_module(modules, shape, fused, cls):
+    x = noise(*shape, seed=9)
+    torch.manual_seed(1)
+    model = eager(Wrapped(*modules()), x, [[f"body.{name}" for name in fused]])
+    assert type(model.body[0]) is cls
+    assert_reference(model, x)
+
+
+class Joined(nn.Module):
+    """What onednn joins: a sum into a convolution, an activation into a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.relu = nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.ReLU()
+        self.c, self.d = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.leaky, self.tanh = nn.LeakyReLU(0.17), nn.Tanh()
+        self.e, self.f = nn.Linear(7, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        y = self.relu(torch.add(self.a(x), self.b(x)))
+        y = torch.add(self.c(y), self.d(y))
+        return self.tanh(self.f(self.leaky(self.e(y))))
+
+
+@pytest.mark.parametrize("engine", ["onednn"], indirect=True)
+def test_what_onednn_joins(engine):
+    x = noise(2, 4, 9, 9, seed=9)
+    torch.manual_seed(1)
+    config = get_onednn_backend_config()
+    mapping = tq.QConfigMapping().set_global(tq.get_default_qconfig(engine))
+    prepared = prepare_fx(Joined().eval(), mapping, (x,), backend_config=config)
+    prepared(x)
+    model = convert_fx(prepared, backend_config=config)
+    found = {type(module) for module in model.modules()}
+    assert {nniq.ConvAdd2d, nniq.ConvAddReLU2d, nniq.LinearLeakyReLU, nniq.LinearTanh} <= found
+    assert_reference(model, x)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
+        self.add, self.mul, self.cat, self.add_relu, self.matmul = (nnq.FloatFunctional() for _ in range(5))
+
+    def forward(self, x):
+        x = self.quant(x)
+        a = self.add.add(x, F.relu(x))
+        b = self.mul.mul(a, self.mul.mul_scalar(x, -0.7))
+        c = self.add_relu.add_relu(a, self.add.add_scalar(b, 1.3))
+        return self.dequant(self.matmul.matmul(self.cat.cat([b, c], 1), c.transpose(1, 2)))
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_functional_modules(engine):
+    x = noise(3, 5, 7, seed=9)
+    reference = assert_reference(eager(Functional(), x), x, share=0.02)  # a sum of products may lie between two codes
+    assert not list(reference.parameters())
+
+
+FUNCTIONS = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardtanh": lambda x: F.hardtanh(x, -0.3, 0.7),
+    "clamp": lambda x: x.clamp(-0.3, 0.7),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardsigmoid": F.hardsigmoid,
+    "gelu": F.gelu,
+    "max_pool": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "avg_pool": lambda x: F.avg_pool2d(x, 2),
+    "avg_pool padded": lambda x: F.avg_pool2d(x, 2, padding=1),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x, 4),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2),
+    "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "pad": lambda x: F.pad(x, (1, 2, 0, 1)),
+    "reflect": lambda x: F.pad(x, (1, 2, 0, 1), mode="reflect"),
+    "cat": lambda x: torch.cat([x, x], 1),
+    "stack": lambda x: torch.stack([x, x], 1),
+    "parts": lambda x: x.chunk(2, 1)[1][:, 1:, ::2],
+    "shape": lambda x: x.reshape(x.size(0), -1).unsqueeze(1).expand(-1, 3, -1).transpose(1, 2).contiguous(),
+    "permute": lambda x: x.permute(0, 2, 3, 1).flatten(1),
+    "shuffle": lambda x: F.pixel_shuffle(x, 2),
+    "fill": lambda x: x.masked_fill(torch.arange(8) > 3, 0.2),
+    "mean": lambda x: x.mean([2, 3]),
+}
+# Outputs that may be one code off.
+SHARES = {"mean": 0.05}  # torch computes it in floats
+
+
+@pytest.mark.parametrize("zero_point", [120, 3])
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_functions(engine, zero_point):
+    class Functions(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.quantize, self.function = nnq.Quantize(0.0371, zero_point, torch.quint8), function
+
+        def forward(self, x):
+            return self.function(self.quantize(x)).dequantize()
+
+    # As convolutions leave it: where channels are not last, torch rounds means half to an even code instead of an even step.
+    x = 2 * noise(2, 8, 8, 8, seed=9).contiguous(memory_format=torch.channels_last)
+    # qnnpack's clamp takes the elements of such a layout in the wrong order (torch 2.15).
+    broken = {"relu6", "hardtanh", "clamp"} if engine == "qnnpack" else set()
+    for name, function in ((n, f) for n, f in FUNCTIONS.items() if n not in broken):
+        model = Functions(function)
+        expected, found = model(x), float_reference(model)(x)
+        off = steps_off(found, expected)
+        assert off.max() <= 1, name
+        assert (off > 0).float().mean() <= SHARES.get(name, 0), name
+
+
+def test_in_place_functions_write():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quant, self.dequant, self.ff = tq.QuantStub(), tq.DeQuantStub(), nnq.FloatFunctional()
+
+        def forward(self, x):
+            x = self.quant(x)
+            F.relu(x, inplace=True)
+            return self.dequant(self.ff.add(x, torch.relu_(x)))
+
+    x = noise(4, 8, seed=9)
+    assert_reference(eager(Residual(), x), x)
+
+
+@pytest.mark.filterwarnings("ignore:Currently, qnnpack incorrectly ignores reduce_range:UserWarning")
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+@pytest.mark.parametrize("factor", [1.0, 1e-6, 0.0])
+def test_dynamic_linear(engine, factor):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 7, bias=False))
+    dynamic = tq.quantize_dynamic(model, {nn.Linear})
+    x = factor * noise(5, 40)
+    reference = float_reference(dynamic)
+    # Sums in another order, of values that are on the same grid.
+    torch.testing.assert_close(reference(x), dynamic(x), rtol=1e-5, atol=1e-6)
+    assert [name for name, p in reference.named_parameters() if isinstance(p, QTensorInt8)] == ["0.weight", "2.weight"]
+    assert not torch.allclose(model(x), dynamic(x)) or not factor
+
+
+def test_embeddings():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6))
+    model[0].qconfig = tq.float_qparams_weight_only_qconfig
+    model = tq.convert(tq.prepare(model))
+    indices = torch.arange(11)
+    reference = float_reference(model)
+    torch.testing.assert_close(reference(indices), model(indices), rtol=0, atol=1e-6)
+    assert isinstance(reference.get_parameter("0.weight"), QTensorInt8)
+
+
+class Traced(nn.Module):
+    """For FX graph mode: weights of functions, numbers, what stays float."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.c2, self.hs = nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.Hardswish()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.w, self.cw, self.cb = (nn.Parameter(noise(*s)) for s in ((8, 8), (8, 8, 3, 3), (8,)))
+        self.kw = nn.Parameter(noise(8, 8, 3, seed=4))
+
+    def forward(self, x):
+        y = F.relu(self.b1(self.c1(x)))
+        y = F.max_pool2d(y + self.hs(self.c2(y)), 2)
+        z = F.conv2d(y, self.cw, self.cb, [1, 1], [1, 1], [1, 1], 1).flatten(2)
+        z = F.conv1d(z, self.kw, self.cb, [1], [1], [1], 1)
+        z = torch.cat([z, F.relu(z)], -1)
+        y = F.adaptive_avg_pool2d(y, 1).flatten(1)
+        y = F.relu(F.linear(y, self.w))
+        y = self.fc2(F.relu(self.fc1(y * torch.sigmoid(y)))) + 1
+        return torch.cat([y, F.layer_norm(z, (z.shape[-1],)).mean(-1)], 1)
+
+
+@pytest.mark.parametrize("engine", ["fbgemm", "qnnpack"], indirect=True)
+@pytest.mark.parametrize("convert", [convert_fx, convert_to_reference_fx])
+def test_fx_graph_mode(engine, convert):
+    torch.manual_seed(0)
+    x = noise(4, 3, 8, 8, seed=9)
+    prepared = prepare_fx(Traced().eval(), tq.get_default_qconfig_mapping(engine), (x,))
+    prepared(x)
+    model = convert(prepared)
+    reference = assert_reference(model, x, share=0.1)
+    packed = {name for name, p in reference.named_parameters() if isinstance(p, QTensorInt8)}
+    assert len(packed) == 7
+    assert {"c2.weight", "fc2.weight"} <= packed
+
+
+def test_fx_dynamic():
+    x = noise(4, 3, 8, 8, seed=9)
+    mapping = tq.QConfigMapping().set_global(tq.default_dynamic_qconfig)
+    model = convert_fx(prepare_fx(Traced().eval(), mapping, (x,)))
+    torch.testing.assert_close(float_reference(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_quantization_aware_training():
+    torch.manual_seed(0)
+    x = noise(4, 3, 8, 8, seed=9)
+    prepared = prepare_qat_fx(Traced().train(), tq.get_default_qat_qconfig_mapping("fbgemm"), (x,))
+    for _ in range(2):
+        prepared(x).sum().backward()  # a step of the observers
+    assert_reference(convert_fx(prepared.eval()), x, share=0.1)
+
+
+def test_untouched_models_are_given_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    assert float_reference(model) is model
+
+
+@pytest.mark.filterwarnings("ignore:The current implementation of the DynamicQuantizedConv1d:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "path", "cls"),
+    [
+        (lambda: tq.quantize_dynamic(nn.Sequential(nn.LSTM(4, 4)), {nn.LSTM}), "0", "LSTM"),
+        (lambda: tq.quantize_dynamic(nn.Sequential(nn.GRU(4, 4)), {nn.GRU}), "0", "GRU"),
+        (lambda: tq.quantize_dynamic(nn.Sequential(nn.LSTMCell(4, 4)), {nn.LSTMCell}), "0", "LSTMCell"),
+        (lambda: nn.Sequential(nn.ReLU(), nnqd.Conv1d(4, 4, 3)), "1", "Conv1d"),
+    ],
+)
+def test_refused_by_name(make, path, cls):
+    with pytest.raises(T2NErrorNotImplemented, match=rf"`{path}` is a torch\.ao\.\S+\.{cls}\b.*leave it float"):
+        float_reference(make())
+
+
+def test_unknown_functions_are_refused():
+    class Unknown(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quantize = nnq.Quantize(0.1, 3, torch.quint8)
+
+        def forward(self, x):
+            return self.quantize(x).topk(2)[0].dequantize()
+
+    with pytest.raises(T2NErrorNotImplemented, match=r"`topk` of a quantized tensor"):
+        float_reference(Unknown())(noise(2, 4))
+
+
+def test_quantized_outputs_are_refused():
+    model = nn.Sequential(nnq.Quantize(0.1, 3, torch.quint8))
+    with pytest.raises(T2NErrorNotImplemented, match="returns a quantized tensor"):
+        float_reference(model)(noise(2, 4))
