@@ -171,7 +171,7 @@ def test_graph_quant_says_what_codes_mean(per_channel, tmp_path):
     if per_channel:
         assert not quant.exists()
     else:
-        scale = np.float32(fc.weight.qscheme.scale.item())
+        scale = str(np.float32(fc.weight.qscheme.scale.item()))
         parameters = f"zero_point = 0, scale = {scale}, bits = 8, signed = true, symmetric = true"
         assert quant.read_text() == f'"fc_weight": zero_point_linear_quantize({parameters});\n'
 
