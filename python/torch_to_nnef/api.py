@@ -23,6 +23,7 @@ from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import Args, DynamicAxes, prepare
 from torch_to_nnef.graph.macs import arithmetic
+from torch_to_nnef.graph.norms import find_norms
 from torch_to_nnef.graph.quantized import float_reference
 from torch_to_nnef.graph.rounding import rounds
 from torch_to_nnef.graph.torchscript import eager
@@ -121,7 +122,7 @@ def quantize_and_verify(
     unchanged = original if method is None and not overrides else work
     with recording() as recorded, _restored_on_error(work), staged(destination) as beside:
         with steps("quantize"):
-            selection = Selection(weight_uses(graph), include, exclude, find_folds(graph))
+            selection = Selection(weight_uses(graph), include, exclude, find_folds(graph), find_norms(graph))
             data = as_calibration(calibration, tokenizer, work) if ours and calibration is not None else calibration
             extras = {
                 "calibration": data,

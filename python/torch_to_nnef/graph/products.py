@@ -31,11 +31,13 @@ FACTORS: Mapping[OpOverload, tuple[int, int]] = {
     aten.conv3d.default: (1, 0),
     aten.conv3d.padding: (1, 0),
 }
-_CONVOLUTIONS = frozenset(op for op in FACTORS if op._schema.name.startswith("aten::conv"))
-_NORMALIZATIONS: Mapping[OpOverload, int] = {
+CONVOLUTIONS = frozenset(op for op in FACTORS if op._schema.name.startswith("aten::conv"))
+NORMALIZATIONS: Mapping[OpOverload, int] = {
     aten.batch_norm.default: 7,
     aten._native_batch_norm_legit_no_training.default: 6,
 }  # where epsilon is
+# How close to 1 the slope of a norm is that does nothing but shift.
+_ONE = 1e-6
 _SCALE, _BIAS = ".sums_scale", ".sums_bias"
 
 
@@ -78,7 +80,7 @@ def _product(rewriting: Rewriting, node: Node) -> bool:
     if node.target not in FACTORS:
         return False
     weight, x = (rewriting.current(node.args[i]) for i in FACTORS[node.target])
-    convolution, linear = node.target in _CONVOLUTIONS, node.target is aten.linear.default
+    convolution, linear = node.target in CONVOLUTIONS, node.target is aten.linear.default
     factor = _factor(rewriting, weight, not convolution and not linear)
     bias = _bias(rewriting, node)
     if factor is None or bias is _ELSEWHERE or len(weight.shape) < 2 or (not convolution and len(weight.shape) != 2):
@@ -167,7 +169,7 @@ def _per_axis(numbers: int | Sequence[int], count: int) -> list[int]:
 
 def _normalized(rewriting: Rewriting, node: Node) -> bool:
     """Batch norm of rescaled sums: another scale and bias for each channel."""
-    if node.target not in _NORMALIZATIONS:
+    if node.target not in NORMALIZATIONS:
         return False
     maker = rewriting.maker(rewriting.current(node.args[0]))
     if maker is None or maker.target is not ops.rescale:
@@ -185,9 +187,11 @@ def _normalized(rewriting: Rewriting, node: Node) -> bool:
         given = torch.tensor([default]) if tensor is None else loaded(tensor).detach()
         return given.to(torch.float64).reshape(broadcast)
 
-    slope = torch.rsqrt(values_of(variance, 1) + node.args[_NORMALIZATIONS[node.target]]) * values_of(gamma, 1)
+    slope = torch.rsqrt(values_of(variance, 1) + node.args[NORMALIZATIONS[node.target]]) * values_of(gamma, 1)
     offset = (values_of(bias, 0) - values_of(mean, 0)) * slope + values_of(beta, 0)
     out, name = node.outputs[0], rewriting.weights[scale.name].removesuffix(_SCALE)
+    if bool(((slope - 1).abs() < _ONE).all()):  # folded into the weight before
+        slope = torch.ones([1] * len(sums.shape), dtype=torch.float64)
     parts = (values_of(scale, 1) * slope, f"{name}.normalized{_SCALE}"), (offset, f"{name}.normalized{_BIAS}")
     folded = [rewriting.store(tensor.to(torch.float32), fqn) for tensor, fqn in parts]
     rewriting.add(ops.rescale, (sums, *folded), node, out.shape, out.dtype, out.name)

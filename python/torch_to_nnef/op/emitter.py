@@ -236,9 +236,7 @@ class Emitter:
     def lift(self, ref: Ref, rank: int) -> Ref:
         """Add leading unit axes up to `rank`: NNEF aligns ranks on the left, torch on the right."""
         missing = rank - ref.rank
-        if missing <= 0:
-            return ref
-        return self.op("unsqueeze", ref, out=(1,) * missing + ref.shape, hint="lift", axes=list(range(missing)))
+        return self.unsqueeze(ref, range(missing), "lift") if missing > 0 else ref
 
     def transpose(self, ref: Ref, order: Sequence[int]) -> Ref:
         """Axes in another order; the transpose of a packed matrix is the same identifier, seen the other way."""
@@ -247,12 +245,24 @@ class Emitter:
             return replace(ref, shape=shape, transposed=not ref.transposed)
         return self.op("transpose", ref, out=shape, axes=list(order))
 
-    def unsqueeze(self, ref: Ref, axes: Sequence[int]) -> Ref:
-        """Insert unit axes at positions of the result."""
+    def unsqueeze(self, ref: Ref, axes: Sequence[int], hint: str = "") -> Ref:
+        """Insert unit axes at positions of the result.
+
+        Of what is stored, by a reshape: tract 0.23.9 leaves odd strides where it unsqueezes a constant (insert_axis in tensor.rs), with
+        which its element-wise operators are up to thirty times as slow.
+        """
         shape = list(ref.shape)
         for axis in sorted(axes):
             shape.insert(axis, 1)
-        return self.op("unsqueeze", ref, out=tuple(shape), axes=sorted(axes)) if axes else ref
+        if not axes:
+            return ref
+        if self._is_stored(ref) and ref.rank:
+            return self.op("reshape", ref, out=tuple(shape), hint=hint, shape=shape)
+        return self.op("unsqueeze", ref, out=tuple(shape), hint=hint, axes=sorted(axes))
+
+    def _is_stored(self, ref: Ref) -> bool:
+        """Whether `ref` is a tensor of the archive, as it is, and not packed."""
+        return (ref.fqn is not None or ref.id in self.variables) and not self.is_quantized(ref)
 
     def squeeze(self, ref: Ref, axes: Sequence[int]) -> Ref:
         """Remove unit axes."""

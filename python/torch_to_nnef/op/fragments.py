@@ -115,11 +115,9 @@ _FRAGMENTS: dict[str, Fragment] = {
         ],
     ),
     "t2n_layer_norm_affine": (
-        "(x: tensor<scalar>, scale: tensor<scalar>, offset: tensor<scalar>, axes: integer[], lead: integer[], eps: scalar)"
+        "(x: tensor<scalar>, scale: tensor<scalar>, offset: tensor<scalar>, axes: integer[], eps: scalar)"
         " -> (y: tensor<scalar>)",
-        [
-            "y = t2n_layer_norm(x, axes = axes, eps = eps) * unsqueeze(scale, axes = lead) + unsqueeze(offset, axes = lead);"
-        ],
+        ["y = t2n_layer_norm(x, axes = axes, eps = eps) * scale + offset;"],
     ),
     "t2n_linear": (
         "(filter: tensor<scalar>, x: tensor<scalar>, bias: tensor<scalar>, expr: string, lead: integer[]) -> (y: tensor<scalar>)",

@@ -27,8 +27,8 @@ def layer_norm(
     """(x - mean) / sqrt(var + eps) over the last axes, times weight, plus bias."""
     axes = list(range(input.rank - len(normalized_shape), input.rank))
     if weight is not None and bias is not None and input.dtype is torch.float32:
-        lead = list(range(axes[0]))
-        return e.op("t2n_layer_norm_affine", input, weight, bias, out=input.shape, axes=axes, lead=lead, eps=float(eps))
+        affine = [e.lift(parameter, input.rank) for parameter in (weight, bias)]
+        return e.op("t2n_layer_norm_affine", input, *affine, out=input.shape, axes=axes, eps=float(eps))
     return _affine(e, _normal(e, input, axes, eps), weight, bias)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.quantize.folds import Fold
+from torch_to_nnef.quantize.norms import Norm
 from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QTensor
 from torch_to_nnef.tensor.quant.padded import row_padding
 from torch_to_nnef.tensor.quant.qtract import q40_shape_reason
@@ -72,6 +73,7 @@ class Selection:
         include: Only weights that match; None for all.
         exclude: Not weights that match.
         folds: Where the captured graph lets inputs of weights be scaled.
+        norms: Batch norms that the convolution before them can take up.
         pad: Quantize matrices too whose rows need zeros behind them, where their readers allow it and f16 is not smaller.
 
     A filter is a glob (on the name of the weight or of its module), a regex (compiled, or as text between slashes; searched in the
@@ -83,6 +85,7 @@ class Selection:
     include: Filters | None = None
     exclude: Filters | None = None
     folds: Sequence[Fold] = ()
+    norms: Sequence[Norm] = ()
     pad: bool = False
 
 

@@ -16,6 +16,7 @@ from torch_to_nnef.quantize.calibrated import running
 from torch_to_nnef.quantize.calibration import Batch, as_calibration
 from torch_to_nnef.quantize.costs import refuse_offloaded
 from torch_to_nnef.quantize.inputs import Observed, OutputErrors, Products
+from torch_to_nnef.quantize.norms import folded
 from torch_to_nnef.quantize.observers import OBSERVERS, Observer
 from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection, Target, find_targets, int8_reason
 from torch_to_nnef.tensor.quant.int8 import QParams, QTensorInt8, quantize_int8
@@ -44,7 +45,7 @@ def quantize_static_int8(
 
     The model runs on the calibration once, in eval mode and without gradients, while an observer a weight sees its inputs. Tables that are
     only looked up have codes with a scale for each row; nothing of theirs is rounded beside. A weight that is used several times, or
-    shared, has one range for all of its inputs.
+    shared, has one range for all of its inputs. With one scale a weight, batch norms of `selection` are folded into the weights first.
 
     Args:
         model: Changed in place, and returned.
@@ -71,7 +72,24 @@ def quantize_static_int8(
             f"observer is one of {sorted(OBSERVERS)}, activations one of {sorted(_DTYPES)}: got {observer!r}, {activations!r}"
         )
     data = as_calibration(calibration, tokenizer, model)
-    targets = _targets(model, to_quantize_module_classes or _CLASSES, selection)
+    classes = to_quantize_module_classes or _CLASSES
+    if not per_channel and selection is not None and selection.norms:
+        asked = {place.fqn for t in _targets(model, classes, selection) if t.reason is None for place in t.places}
+        norms = [norm for norm in selection.norms if norm.filter in asked]
+        with folded(model, norms):
+            return quantize_static_int8(
+                model,
+                None,
+                data,
+                classes,
+                replace(selection, norms=()),
+                progress,
+                method,
+                observer,
+                per_channel,
+                activations,
+            )
+    targets = _targets(model, classes, selection)
     wanted = [target for target in targets if target.reason is None]
     refuse_offloaded([target.tensor for target in wanted])
     total = sum(target.nbytes for target in wanted)
