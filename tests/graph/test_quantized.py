@@ -13,11 +13,12 @@ from torch.ao import quantization as tq
 from torch.ao.quantization.backend_config import get_onednn_backend_config
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx, prepare_qat_fx
 
-from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef import quantize_and_verify
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.capture import capture
 from torch_to_nnef.graph.inputs import prepare
 from torch_to_nnef.graph.quantized import float_reference
-from torch_to_nnef.tensor.quant.int8 import QTensorInt8
+from torch_to_nnef.tensor.quant import QTensorHalf, QTensorInt8
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
@@ -356,6 +357,52 @@ def test_embeddings():
     assert isinstance(reference.get_parameter("0.weight"), QTensorInt8)
 
 
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(11, 6, mode="sum", include_last_offset=True)
+        self.bag.qconfig = tq.float_qparams_weight_only_qconfig
+
+    def forward(self, indices, offsets):
+        return self.bag(indices, offsets)
+
+
+def test_bags_of_embeddings():
+    model = tq.convert(tq.prepare(Bags()))
+    args = torch.arange(11), torch.tensor([0, 4, 9, 11])
+    torch.testing.assert_close(float_reference(model)(*args), model(*args), rtol=0, atol=1e-6)
+
+
+def test_dynamic_f16():
+    model = tq.quantize_dynamic(nn.Sequential(nn.Linear(40, 30)), {nn.Linear}, dtype=torch.float16)
+    reference, x = float_reference(model), noise(5, 40)
+    assert isinstance(reference.get_parameter("0.weight"), QTensorHalf)
+    torch.testing.assert_close(reference(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.quant(x)
+        return self.dequant(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_attention():
+    x = noise(2, 5, 16, seed=9)
+    reference = assert_reference(eager(Attention(), x), x)
+    names = {name for name, p in reference.named_parameters() if isinstance(p, QTensorInt8)}
+    assert names == {f"attention.{name}.weight" for name in ("linear_Q", "linear_K", "linear_V", "out_proj")}
+
+
+def test_classes_keep_their_names():
+    reference = float_reference(eager(Wrapped(nn.Conv1d(4, 6, 3), nn.Hardswish()), noise(2, 4, 9)))
+    assert [type(module).__name__ for module in reference.body] == ["Conv1d", "Hardswish"]
+
+
 class Traced(nn.Module):
     """For FX graph mode: weights of functions, numbers, what stays float."""
 
@@ -412,6 +459,51 @@ def test_quantization_aware_training():
 def test_untouched_models_are_given_back():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     assert float_reference(model) is model
+    traced = torch.fx.symbolic_trace(model)
+    assert float_reference(traced) is traced
+
+
+def test_observers_are_refused():
+    model = Wrapped(nn.Linear(4, 4)).eval()
+    model.qconfig = tq.get_default_qconfig("fbgemm")
+    with pytest.raises(
+        T2NErrorNotImplemented, match=r"`quant.activation_post_process` is an observer.* call `convert`"
+    ):
+        float_reference(tq.prepare(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_scripts_of_converted_models_are_refused(tmp_path):
+    x = noise(5, 4)
+    script = torch.jit.script(eager(Wrapped(nn.Linear(4, 4)), x))
+    with pytest.raises(T2NErrorNotImplemented, match="export the model that was scripted"):
+        quantize_and_verify(script, (x,), tmp_path / "net.nnef", method=None)
+
+
+def test_in_tract_with_other_weights_in_q40(tmp_path):
+    """Convolutions by torch.ao, a linear layer behind them by us: the archive computes what the converted model does."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
+            self.conv, self.relu, self.head = nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Linear(32, 32)
+            self.head.qconfig = None
+
+        def forward(self, x):
+            y = F.adaptive_avg_pool2d(self.relu(self.conv(self.quant(x))), 1)
+            return self.head(self.dequant(y).flatten(1))
+
+    x = noise(4, 3, 8, 8, seed=9)
+    model = eager(Mixed(), x, [["conv", "relu"]])
+    for method in (None, "q40"):
+        path = tmp_path / f"{method}.nnef"
+        report = quantize_and_verify(model, (x,), path, method=method, dynamic_axes={"x": {0: "B"}})
+        stored = {row.fqn: (row.storage, row.method) for row in report.rows if row.quantized}
+        assert stored.pop("conv.weight") == ("int8", "")
+        assert len(stored) == (method is not None)
+    with pytest.raises(T2NErrorInvalidArgument, match="inplace=True"):
+        quantize_and_verify(model, (x,), tmp_path / "inplace.nnef", inplace=True)
 
 
 @pytest.mark.filterwarnings("ignore:The current implementation of the DynamicQuantizedConv1d:UserWarning")

@@ -20,6 +20,7 @@ from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized import graphs
 from torch_to_nnef.graph.quantized.values import Quantized, quantize_per_tensor
 from torch_to_nnef.graph.quantized.weights import Weight, as_int8
+from torch_to_nnef.tensor.quant import as_half
 from torch_to_nnef.torch_internals import pytree
 
 _WINDOW = ("stride", "padding", "dilation", "groups")
@@ -38,7 +39,7 @@ def copied(model: nn.Module) -> nn.Module:
             made = STAND_INS.get(type(module), _numbered if type(module) in _NUMBERED else None)
             if made is None:
                 raise _refused(path, module)
-            shared[id(module)] = made(module)
+            shared[id(module)] = _named(made(module), type(module))
             shared.update((id(part), part) for part in module.modules() if part is not module)
         if isinstance(module, fx.GraphModule):
             shared.update(graphs.packed_weights(module))
@@ -48,6 +49,12 @@ def copied(model: nn.Module) -> nn.Module:
             graphs.rewrite(module)
     result.register_forward_hook(_only_floats)
     return result
+
+
+def _named(made: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Reports say the class of a module: let it be the one that was converted."""
+    made.__class__ = type(cls.__name__, (type(made),), {})
+    return made
 
 
 class Quantize(nn.Module):
@@ -62,6 +69,27 @@ class Quantize(nn.Module):
         return quantize_per_tensor(x, *self.arguments)
 
 
+class Bag(nn.Module):
+    """Stands for `nnq.EmbeddingBag`, which sums rows whatever its mode."""
+
+    def __init__(self, weight: torch.Tensor, include_last_offset: bool) -> None:
+        super().__init__()
+        self.weight, self.include_last_offset = nn.Parameter(weight, requires_grad=False), include_last_offset
+
+    def forward(
+        self, indices: torch.Tensor, offsets: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sums of the rows of each bag, each row times its weight if there are weights."""
+        return functional.embedding_bag(
+            indices,
+            self.weight,
+            offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=self.include_last_offset,
+        )
+
+
 def _linear(source: Any, operator: str, *arguments: Any) -> Weight:
     weight, bias = source._weight_bias()
     return Weight(as_int8(weight), bias, functional.linear, operator, arguments)
@@ -74,12 +102,15 @@ def _static_linear(operator: str, *names: str) -> Callable[[Any], Weight]:
 
 
 def _dynamic_linear(operator: str) -> Callable[[Any], Weight]:
-    # From this version on, activations have 7 bits, but never for qnnpack.
-    return lambda source: _linear(source, operator, (source.version or 0) >= 4 and _reduces_range())
+    def made(source: Any) -> Weight:
+        if source._packed_params.dtype == torch.float16:
+            weight, bias = source._weight_bias()
+            return Weight(as_half(weight), bias, functional.linear, operator.replace("_dynamic", "_dynamic_fp16"))
+        # From version 4 on, activations have 7 bits, but never for qnnpack.
+        seven = (source.version or 0) >= 4 and torch.backends.quantized.engine != "qnnpack"
+        return _linear(source, operator, seven)
 
-
-def _reduces_range() -> bool:
-    return torch.backends.quantized.engine != "qnnpack"
+    return made
 
 
 def _conv(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
@@ -126,6 +157,10 @@ def _embedding(source: Any) -> Weight:
     return Weight(as_int8(source.weight()), None, lambda indices, weight, _: functional.embedding(indices, weight))
 
 
+def _bag(source: Any) -> nn.Module:
+    return Bag(as_int8(source.weight()), source.include_last_offset)
+
+
 def _numbered(source: nn.Module) -> nn.Module:
     """The module itself, its scale and zero point as numbers instead of buffers, since a graph holds them as such."""
     made: nn.Module = source.__class__.__new__(source.__class__)
@@ -163,6 +198,7 @@ STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
     nnq.ConvTranspose2d: _transposed("quantized.conv_transpose2d", functional.conv_transpose2d),
     nnq.ConvTranspose3d: _transposed("quantized.conv_transpose3d", functional.conv_transpose3d),
     nnq.Embedding: _embedding,
+    nnq.EmbeddingBag: _bag,
     nnq.PReLU: _prelu,
     nnqr.Linear: _reference(functional.linear),
     nnqr.Conv1d: _reference(functional.conv1d, *_WINDOW),
@@ -190,7 +226,7 @@ def _refused(path: str, module: nn.Module) -> T2NErrorNotImplemented:
     cls = type(module)
     return T2NErrorNotImplemented(
         f"module `{path}` is a {cls.__module__.removesuffix(f'.{cls.__name__.lower()}')}.{cls.__name__}, which has no reference form: "
-        "leave it float (no qconfig for it, a DeQuantStub before it), or give the float model to "
+        "leave it float when you convert the model, or give the float model to "
         'quantize_and_verify(method="int8", calibration=...)'
     )
 

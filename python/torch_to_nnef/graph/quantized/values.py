@@ -385,6 +385,8 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "quantized.linear_relu_dynamic": lambda x, weight, reduce_range=False: functional.relu(
         weight.product(run_time(x, reduce_range))
     ),
+    "quantized.linear_dynamic_fp16": lambda x, weight: weight.product(x),
+    "quantized.linear_relu_dynamic_fp16": lambda x, weight: functional.relu(weight.product(x)),
     "dequantize": lambda x: x.value,
 }
 
