@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.graph.quantized.dynamic import run_time
 from torch_to_nnef.tensor.quant.int8 import RANGES, QParams
 from torch_to_nnef.torch_internals import pytree, quantized_decomposed
 
@@ -389,20 +390,3 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "quantized.linear_relu_dynamic_fp16": lambda x, weight: functional.relu(weight.product(x)),
     "dequantize": lambda x: x.value,
 }
-
-
-_SMALLEST_STEP = 6.1e-5
-
-
-def run_time(x: torch.Tensor, reduce_range: bool) -> torch.Tensor:
-    """`x` rounded to the unsigned codes that its own range asks for, as `quantized::linear_dynamic` does.
-
-    From `ChooseQuantizationParams` in aten/src/ATen/native/quantized/cpu/QuantUtils.h.
-    """
-    largest = 127 if reduce_range else 255
-    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-    step = (high - low) / largest
-    zero_point = torch.round(-low / torch.where(step > 0, step, 1.0))
-    scale = step.clamp(min=_SMALLEST_STEP)
-    codes = torch.clamp(torch.round(x / scale) + zero_point, 0, largest)
-    return (codes - zero_point) * scale
