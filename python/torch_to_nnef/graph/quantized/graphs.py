@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized.values import quantize_per_tensor
-from torch_to_nnef.graph.quantized.weights import Weight, as_int8
+from torch_to_nnef.graph.quantized.weights import Weight, as_int8, product_of
 from torch_to_nnef.tensor.quant.int8 import RANGES, QTensorInt8
 from torch_to_nnef.torch_internals import quantized_decomposed
 
@@ -155,11 +155,7 @@ def _conv(function: Callable[..., torch.Tensor], spatial: int, packed: Any) -> W
     names = ("stride", "padding", "dilation")
     options = {name: getattr(_quantized, f"{kind}_{name}")(packed)[-spatial:] for name in names}
     groups = getattr(_quantized, f"{kind}_groups")(packed)
-    return Weight(as_int8(weight), bias, partial(_convolve, function, groups=groups, **options))
-
-
-def _convolve(function: Callable[..., torch.Tensor], x: Any, weight: Any, bias: Any, **options: Any) -> torch.Tensor:
-    return function(x, weight, bias, **options)
+    return Weight(as_int8(weight), bias, product_of(function, groups=groups, **options))
 
 
 # Class of the packed weight, whether it is read by conv1d (which packs as conv2d does) -> what makes a weight of it.

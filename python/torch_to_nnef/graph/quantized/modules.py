@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized import graphs
 from torch_to_nnef.graph.quantized.values import Quantized, quantize_per_tensor
-from torch_to_nnef.graph.quantized.weights import Weight, as_int8
+from torch_to_nnef.graph.quantized.weights import Weight, as_int8, product_of
 from torch_to_nnef.tensor.quant import as_half
 from torch_to_nnef.torch_internals import pytree
 
@@ -31,15 +31,11 @@ def copied(model: nn.Module) -> nn.Module:
     """A copy of `model` with something else in the place of every converted module and packed weight."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
-        if (
-            id(module) not in shared
-            and type(module).__module__.startswith(_CONVERTED)
-            and type(module) not in _AS_THEY_ARE
-        ):
-            made = STAND_INS.get(type(module), _numbered if type(module) in _NUMBERED else None)
-            if made is None:
+        cls = type(module)
+        if id(module) not in shared and cls.__module__.startswith(_CONVERTED) and cls not in _AS_THEY_ARE:
+            if cls not in STAND_INS:
                 raise _refused(path, module)
-            shared[id(module)] = _named(made(module), type(module))
+            shared[id(module)] = _named(STAND_INS[cls](module), cls)
             shared.update((id(part), part) for part in module.modules() if part is not module)
         if isinstance(module, fx.GraphModule):
             shared.update(graphs.packed_weights(module))
@@ -119,17 +115,13 @@ def _conv(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any
         arguments = source.scale, source.zero_point
         options = {name: getattr(source, name) for name in _WINDOW}
         if source.padding_mode == "zeros":
-            return Weight(as_int8(weight), bias, partial(_called, function, **options), operator, arguments)
+            return Weight(as_int8(weight), bias, product_of(function, **options), operator, arguments)
         around = [size for size in reversed(source.padding) for _ in range(2)]
-        product = partial(_called, function, **{**options, "padding": 0})
+        product = product_of(function, **{**options, "padding": 0})
         before = partial(functional.pad, pad=around, mode=source.padding_mode)
         return Weight(as_int8(weight), bias, product, operator, arguments, before)
 
     return made
-
-
-def _called(function: Callable[..., torch.Tensor], x: Any, weight: Any, bias: Any, **options: Any) -> torch.Tensor:
-    return function(x, weight, bias, **options)
 
 
 def _transposed(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
@@ -137,7 +129,7 @@ def _transposed(operator: str, function: Callable[..., torch.Tensor]) -> Callabl
 
     def made(source: Any) -> Weight:
         weight, bias = source._weight_bias()
-        product = partial(function, **{name: getattr(source, name) for name in names})
+        product = product_of(function, **{name: getattr(source, name) for name in names})
         return Weight(as_int8(weight), bias, product, operator, (source.scale, source.zero_point))
 
     return made
@@ -147,7 +139,7 @@ def _reference(function: Callable[..., torch.Tensor], *names: str) -> Callable[[
     """For modules of `convert_to_reference_fx`, which compute in floats."""
 
     def made(source: Any) -> Weight:
-        product = partial(_called, function, **{name: getattr(source, name) for name in names})
+        product = product_of(function, **{name: getattr(source, name) for name in names})
         return Weight(as_int8(source.get_quantized_weight()), source.bias, product)
 
     return made
@@ -199,18 +191,20 @@ STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
     nnq.ConvTranspose3d: _transposed("quantized.conv_transpose3d", functional.conv_transpose3d),
     nnq.Embedding: _embedding,
     nnq.EmbeddingBag: _bag,
+    **dict.fromkeys(
+        (
+            *(nnq.BatchNorm2d, nnq.BatchNorm3d, nniq.BNReLU2d, nniq.BNReLU3d, nnq.LayerNorm, nnq.GroupNorm),
+            *(nnq.InstanceNorm1d, nnq.InstanceNorm2d, nnq.InstanceNorm3d),
+            *(nnq.Hardswish, nnq.ELU, nnq.LeakyReLU, nnq.Sigmoid, nnq.Softmax, nnq.QFunctional),
+        ),
+        _numbered,
+    ),
     nnq.PReLU: _prelu,
     nnqr.Linear: _reference(functional.linear),
     nnqr.Conv1d: _reference(functional.conv1d, *_WINDOW),
     nnqr.Conv2d: _reference(functional.conv2d, *_WINDOW),
     nnqr.Conv3d: _reference(functional.conv3d, *_WINDOW),
 }
-# Only their scale and zero point are in the way.
-_NUMBERED = (
-    *(nnq.BatchNorm2d, nnq.BatchNorm3d, nniq.BNReLU2d, nniq.BNReLU3d, nnq.LayerNorm, nnq.GroupNorm),
-    *(nnq.InstanceNorm1d, nnq.InstanceNorm2d, nnq.InstanceNorm3d),
-    *(nnq.Hardswish, nnq.ELU, nnq.LeakyReLU, nnq.Sigmoid, nnq.Softmax, nnq.QFunctional),
-)
 # Their own code does, given `Quantized` values.
 _AS_THEY_ARE = (
     nnq.DeQuantize,
@@ -225,7 +219,7 @@ _AS_THEY_ARE = (
 def _refused(path: str, module: nn.Module) -> T2NErrorNotImplemented:
     cls = type(module)
     return T2NErrorNotImplemented(
-        f"module `{path}` is a {cls.__module__.removesuffix(f'.{cls.__name__.lower()}')}.{cls.__name__}, which has no reference form: "
+        f"module `{path}` is a {cls.__module__}.{cls.__name__}, which has no reference form: "
         "leave it float when you convert the model, or give the float model to "
         'quantize_and_verify(method="int8", calibration=...)'
     )

@@ -149,14 +149,7 @@ _FACTS = frozenset(("device", "dim", "is_contiguous", "ndim", "ndimension", "num
 # memory, as quantized convolutions leave them; for other layouts torch adds the zero point before it rounds half to even.
 _AVERAGES = frozenset(
     (
-        *(
-            "adaptive_avg_pool1d",
-            "adaptive_avg_pool2d",
-            "adaptive_avg_pool3d",
-            "avg_pool1d",
-            "avg_pool2d",
-            "avg_pool3d",
-        ),
+        *(f"{kind}_pool{axes}d" for kind in ("avg", "adaptive_avg") for axes in (1, 2, 3)),
         *("interpolate", "upsample"),
     )
 )
@@ -164,14 +157,6 @@ _AVERAGES = frozenset(
 # bends them is rounded.
 _SAME = frozenset(
     (
-        *(
-            "adaptive_avg_pool1d",
-            "adaptive_avg_pool2d",
-            "adaptive_avg_pool3d",
-            "avg_pool1d",
-            "avg_pool2d",
-            "avg_pool3d",
-        ),
         *("cat", "channel_shuffle", "chunk", "clamp", "clip", "clone", "concat", "contiguous", "detach", "dropout"),
         *("expand", "expand_as", "flatten", "flip", "gelu", "hardtanh", "index_select", "leaky_relu"),
         *("masked_fill", "max_pool1d", "max_pool2d", "max_pool3d", "mean", "movedim", "narrow", "pad", "permute"),
