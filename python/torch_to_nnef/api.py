@@ -282,8 +282,10 @@ def _rows(
     places = ModTensorUpdater(after)
     for name, tensor in after.named_parameters():
         if isinstance(tensor, QTensor) and name not in rows:
-            target = Target(before.get_parameter(name), places.places(tensor), None)
-            rows[name] = row_of(target, tensor, method or "")
+            given = before.get_parameter(name)
+            rows[name] = row_of(
+                Target(given, places.places(tensor), None), tensor, "" if given is tensor else method or ""
+            )
     return tuple(rows.values())
 
 

@@ -88,3 +88,27 @@ def test_in_tract(name, tmp_path):
         converted(name), (x,), tmp_path / "net.nnef", method=None, dynamic_axes={"x": {0: "B"}}
     )
     assert {row.fqn for row in report.rows} == {"block.0.weight", "block.2.weight", "c1.weight", "c2.weight"}
+
+
+DYNAMIC = {
+    "xnnpack": lambda: xnnpack.XNNPACKQuantizer().set_global(
+        xnnpack.get_symmetric_quantization_config(is_dynamic=True)
+    ),
+    "x86": lambda: x86.X86InductorQuantizer().set_global(
+        x86.get_default_x86_inductor_quantization_config(is_dynamic=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic(name, tmp_path):
+    torch.manual_seed(0)
+    x = noise(5, 8)
+    exported = torch.export.export(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), (x,))
+    prepared = prepare_pt2e(exported.module(), DYNAMIC[name]())
+    prepared(x)
+    model = convert_pt2e(prepared)
+    for values in (x, x.abs(), 0 * x):
+        torch.testing.assert_close(float_reference(model)(values), model(values), rtol=1e-5, atol=1e-6)
+    report = quantize_and_verify(model, (x,), tmp_path / "net.nnef", method=None)
+    assert {row.fqn for row in report.rows} == {"0.weight", "2.weight"}

@@ -1,95 +1,22 @@
 """Models converted by torch.ao: the reference computes what torch's integer engines compute, to the last code where they are exact."""
 
-import copy
-
 import pytest
 import torch
 import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.dynamic as nnqd
 import torch.nn.functional as F
+from tests.graph.converted import MARKS, Wrapped, assert_reference, eager, noise, steps_off
 from torch import nn
 from torch.ao import quantization as tq
-from torch.ao.quantization.backend_config import get_onednn_backend_config
-from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx, prepare_qat_fx
 
-from torch_to_nnef.exceptions import T2NErrorNotImplemented
-from torch_to_nnef.graph.capture import capture
-from torch_to_nnef.graph.inputs import prepare
+from torch_to_nnef import quantize_and_verify
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized import float_reference
-from torch_to_nnef.tensor.quant.int8 import QTensorInt8
+from torch_to_nnef.tensor.quant import QTensorHalf, QTensorInt8
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*are deprecated:UserWarning"),
-    pytest.mark.filterwarnings("ignore:All inputs of this cat operator must share:UserWarning"),
-    # Observers of torch.ao.
-    pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),
-    pytest.mark.filterwarnings("ignore:must run observer before calling calculate_qparams:UserWarning"),
-]
+pytestmark = MARKS
 ENGINES = ["fbgemm", "qnnpack", "onednn"]
-
-
-@pytest.fixture(autouse=True)
-def engine(request):
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = getattr(request, "param", "fbgemm")
-    yield torch.backends.quantized.engine
-    torch.backends.quantized.engine = before
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Wrapped(nn.Module):
-    """A module between the stubs of eager mode, behind a relu that makes zero points differ."""
-
-    def __init__(self, *modules):
-        super().__init__()
-        self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
-        self.body = nn.Sequential(*modules)
-
-    def forward(self, x):
-        return self.dequant(self.body(self.quant(x)))
-
-
-def eager(model, x, fuse=()):
-    torch.manual_seed(0)
-    model = model.eval()
-    model = tq.fuse_modules(model, list(fuse)) if fuse else model
-    model.qconfig = tq.get_default_qconfig(torch.backends.quantized.engine)
-    prepared = tq.prepare(model)
-    for seed in range(3):
-        prepared(noise(*x.shape, seed=seed))
-    return tq.convert(prepared)
-
-
-def steps_off(found, expected):
-    """Differences in codes, the step being the smallest difference between two outputs."""
-    levels = expected.unique().double().diff()
-    step = levels[levels > levels.max() * 1e-3].min() if len(levels) else torch.tensor(1.0)
-    return ((found.double() - expected.double()) / step).abs().round()
-
-
-# Products in floats are summed in another order, and now and then one lies between two codes.
-TIES = 0.005
-
-
-def assert_reference(model, x, share=TIES):
-    """The reference of `model` is within one code of it, and differs in at most `share` of the outputs."""
-    before = {name: id(p) for name, p in model.named_parameters()}
-    expected = model(x)
-    reference = float_reference(model)
-    off = steps_off(reference(x), expected)
-    assert off.max() <= 1
-    assert (off > 0).float().mean() <= share
-    assert torch.equal(copy.deepcopy(reference)(x), reference(x))
-    assert {name: id(p) for name, p in model.named_parameters()} == before
-    assert torch.equal(model(x), expected)
-    program = capture(reference, prepare(reference, (x,), None, {})).program
-    assert not any(str(node.target).startswith("quantized.") for node in program.graph.nodes)
-    return reference
 
 
 class Chain(nn.Module):
@@ -211,36 +138,6 @@ def test_fused_module(modules, shape, fused, cls):
     assert_reference(model, x)
 
 
-class Joined(nn.Module):
-    """What onednn joins: a sum into a convolution, an activation into a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.relu = nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.ReLU()
-        self.c, self.d = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
-        self.leaky, self.tanh = nn.LeakyReLU(0.17), nn.Tanh()
-        self.e, self.f = nn.Linear(7, 6), nn.Linear(6, 5)
-
-    def forward(self, x):
-        y = self.relu(torch.add(self.a(x), self.b(x)))
-        y = torch.add(self.c(y), self.d(y))
-        return self.tanh(self.f(self.leaky(self.e(y))))
-
-
-@pytest.mark.parametrize("engine", ["onednn"], indirect=True)
-def test_what_onednn_joins(engine):
-    x = noise(2, 4, 9, 9, seed=9)
-    torch.manual_seed(1)
-    config = get_onednn_backend_config()
-    mapping = tq.QConfigMapping().set_global(tq.get_default_qconfig(engine))
-    prepared = prepare_fx(Joined().eval(), mapping, (x,), backend_config=config)
-    prepared(x)
-    model = convert_fx(prepared, backend_config=config)
-    found = {type(module) for module in model.modules()}
-    assert {nniq.ConvAdd2d, nniq.ConvAddReLU2d, nniq.LinearLeakyReLU, nniq.LinearTanh} <= found
-    assert_reference(model, x)
-
-
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
@@ -356,62 +253,100 @@ def test_embeddings():
     assert isinstance(reference.get_parameter("0.weight"), QTensorInt8)
 
 
-class Traced(nn.Module):
-    """For FX graph mode: weights of functions, numbers, what stays float."""
-
+class Bags(nn.Module):
     def __init__(self):
         super().__init__()
-        self.c1, self.b1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.c2, self.hs = nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.Hardswish()
-        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 5)
-        self.w, self.cw, self.cb = (nn.Parameter(noise(*s)) for s in ((8, 8), (8, 8, 3, 3), (8,)))
-        self.kw = nn.Parameter(noise(8, 8, 3, seed=4))
+        self.bag = nn.EmbeddingBag(11, 6, mode="sum", include_last_offset=True)
+        self.bag.qconfig = tq.float_qparams_weight_only_qconfig
+
+    def forward(self, indices, offsets):
+        return self.bag(indices, offsets)
+
+
+def test_bags_of_embeddings():
+    model = tq.convert(tq.prepare(Bags()))
+    args = torch.arange(11), torch.tensor([0, 4, 9, 11])
+    torch.testing.assert_close(float_reference(model)(*args), model(*args), rtol=0, atol=1e-6)
+
+
+def test_dynamic_f16():
+    model = tq.quantize_dynamic(nn.Sequential(nn.Linear(40, 30)), {nn.Linear}, dtype=torch.float16)
+    reference, x = float_reference(model), noise(5, 40)
+    assert isinstance(reference.get_parameter("0.weight"), QTensorHalf)
+    torch.testing.assert_close(reference(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
 
     def forward(self, x):
-        y = F.relu(self.b1(self.c1(x)))
-        y = F.max_pool2d(y + self.hs(self.c2(y)), 2)
-        z = F.conv2d(y, self.cw, self.cb, [1, 1], [1, 1], [1, 1], 1).flatten(2)
-        z = F.conv1d(z, self.kw, self.cb, [1], [1], [1], 1)
-        z = torch.cat([z, F.relu(z)], -1)
-        y = F.adaptive_avg_pool2d(y, 1).flatten(1)
-        y = F.relu(F.linear(y, self.w))
-        y = self.fc2(F.relu(self.fc1(y * torch.sigmoid(y)))) + 1
-        return torch.cat([y, F.layer_norm(z, (z.shape[-1],)).mean(-1)], 1)
+        x = self.quant(x)
+        return self.dequant(self.attention(x, x, x, need_weights=False)[0])
 
 
-@pytest.mark.parametrize("engine", ["fbgemm", "qnnpack"], indirect=True)
-@pytest.mark.parametrize("convert", [convert_fx, convert_to_reference_fx])
-def test_fx_graph_mode(engine, convert):
-    torch.manual_seed(0)
-    x = noise(4, 3, 8, 8, seed=9)
-    prepared = prepare_fx(Traced().eval(), tq.get_default_qconfig_mapping(engine), (x,))
-    prepared(x)
-    model = convert(prepared)
-    reference = assert_reference(model, x, share=0.1)
-    packed = {name for name, p in reference.named_parameters() if isinstance(p, QTensorInt8)}
-    assert len(packed) == 7
-    assert {"c2.weight", "fc2.weight"} <= packed
+def test_attention():
+    x = noise(2, 5, 16, seed=9)
+    reference = assert_reference(eager(Attention(), x), x)
+    names = {name for name, p in reference.named_parameters() if isinstance(p, QTensorInt8)}
+    assert names == {f"attention.{name}.weight" for name in ("linear_Q", "linear_K", "linear_V", "out_proj")}
 
 
-def test_fx_dynamic():
-    x = noise(4, 3, 8, 8, seed=9)
-    mapping = tq.QConfigMapping().set_global(tq.default_dynamic_qconfig)
-    model = convert_fx(prepare_fx(Traced().eval(), mapping, (x,)))
-    torch.testing.assert_close(float_reference(model)(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-def test_quantization_aware_training():
-    torch.manual_seed(0)
-    x = noise(4, 3, 8, 8, seed=9)
-    prepared = prepare_qat_fx(Traced().train(), tq.get_default_qat_qconfig_mapping("fbgemm"), (x,))
-    for _ in range(2):
-        prepared(x).sum().backward()  # a step of the observers
-    assert_reference(convert_fx(prepared.eval()), x, share=0.1)
+def test_classes_keep_their_names():
+    reference = float_reference(eager(Wrapped(nn.Conv1d(4, 6, 3), nn.Hardswish()), noise(2, 4, 9)))
+    assert [type(module).__name__ for module in reference.body] == ["Conv1d", "Hardswish"]
 
 
 def test_untouched_models_are_given_back():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     assert float_reference(model) is model
+    traced = torch.fx.symbolic_trace(model)
+    assert float_reference(traced) is traced
+
+
+def test_observers_are_refused():
+    model = Wrapped(nn.Linear(4, 4)).eval()
+    model.qconfig = tq.get_default_qconfig("fbgemm")
+    with pytest.raises(
+        T2NErrorNotImplemented, match=r"`quant.activation_post_process` is an observer.* call `convert`"
+    ):
+        float_reference(tq.prepare(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_scripts_of_converted_models_are_refused(tmp_path):
+    x = noise(5, 4)
+    script = torch.jit.script(eager(Wrapped(nn.Linear(4, 4)), x))
+    with pytest.raises(T2NErrorNotImplemented, match="export the model that was scripted"):
+        quantize_and_verify(script, (x,), tmp_path / "net.nnef", method=None)
+
+
+def test_in_tract_with_other_weights_in_q40(tmp_path):
+    """Convolutions by torch.ao, a linear layer behind them by us: the archive computes what the converted model does."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
+            self.conv, self.relu, self.head = nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Linear(32, 32)
+            self.head.qconfig = None
+
+        def forward(self, x):
+            y = F.adaptive_avg_pool2d(self.relu(self.conv(self.quant(x))), 1)
+            return self.head(self.dequant(y).flatten(1))
+
+    x = noise(4, 3, 8, 8, seed=9)
+    model = eager(Mixed(), x, [["conv", "relu"]])
+    for method in (None, "q40"):
+        path = tmp_path / f"{method}.nnef"
+        report = quantize_and_verify(model, (x,), path, method=method, dynamic_axes={"x": {0: "B"}})
+        stored = {row.fqn: (row.storage, row.method) for row in report.rows if row.quantized}
+        assert stored.pop("conv.weight") == ("int8", "")
+        assert len(stored) == (method is not None)
+    with pytest.raises(T2NErrorInvalidArgument, match="inplace=True"):
+        quantize_and_verify(model, (x,), tmp_path / "inplace.nnef", inplace=True)
 
 
 @pytest.mark.filterwarnings("ignore:The current implementation of the DynamicQuantizedConv1d:UserWarning")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from torch_to_nnef.exceptions import T2NErrorNotImplemented
+
 __all__ = ["float_reference"]
 
 
@@ -14,11 +16,24 @@ def float_reference(model: nn.Module) -> nn.Module:
     """`model` itself, or, if it is or holds a converted module, a copy that torch can export; names stay, tensors are shared.
 
     Raises:
-        T2NErrorNotImplemented: A converted module that has no float form here: its path, its class, what to do.
+        T2NErrorNotImplemented: A converted module that has no float form here: its path, its class, what to do. A model that was
+            prepared but not converted.
 
     """
-    if not any(isinstance(m, fx.GraphModule) or type(m).__module__.startswith("torch.ao.nn.") for m in model.modules()):
+    modules = dict(model.named_modules())
+    observer = next((path for path, module in modules.items() if hasattr(module, "calculate_qparams")), None)
+    if observer is not None:
+        raise T2NErrorNotImplemented(
+            f"`{observer}` is an observer: the model is prepared for quantization, call `convert` before it is exported"
+        )
+    if not any(_may_be_converted(module) for module in modules.values()):
         return model
     from torch_to_nnef.graph.quantized.modules import copied  # which loads torch.ao
 
     return copied(model)
+
+
+def _may_be_converted(module: nn.Module) -> bool:
+    if isinstance(module, fx.GraphModule):
+        return any(node.op == "call_function" and "quantize" in str(node.target) for node in module.graph.nodes)
+    return type(module).__module__.startswith("torch.ao.nn.")

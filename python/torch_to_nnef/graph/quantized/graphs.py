@@ -12,8 +12,9 @@ from torch import fx, nn
 from torch.nn import functional
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.graph.quantized.dynamic import RUN_TIME
 from torch_to_nnef.graph.quantized.values import quantize_per_tensor
-from torch_to_nnef.graph.quantized.weights import Weight, as_int8
+from torch_to_nnef.graph.quantized.weights import Weight, as_int8, product_of
 from torch_to_nnef.tensor.quant.int8 import RANGES, QTensorInt8
 from torch_to_nnef.torch_internals import quantized_decomposed
 
@@ -66,6 +67,8 @@ def rewrite(module: fx.GraphModule) -> None:
             parameters.put(node, as_int8(node.target(*args)), list(node.users), node.args[0].target)
         elif node.target is torch.quantize_per_tensor:
             node.target = quantize_per_tensor
+        elif node.target in RUN_TIME and _attribute(module, node.args[1]) is None:
+            node.target = RUN_TIME[node.target]
     for node in reversed(module.graph.nodes):
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
@@ -155,11 +158,7 @@ def _conv(function: Callable[..., torch.Tensor], spatial: int, packed: Any) -> W
     names = ("stride", "padding", "dilation")
     options = {name: getattr(_quantized, f"{kind}_{name}")(packed)[-spatial:] for name in names}
     groups = getattr(_quantized, f"{kind}_groups")(packed)
-    return Weight(as_int8(weight), bias, partial(_convolve, function, groups=groups, **options))
-
-
-def _convolve(function: Callable[..., torch.Tensor], x: Any, weight: Any, bias: Any, **options: Any) -> torch.Tensor:
-    return function(x, weight, bias, **options)
+    return Weight(as_int8(weight), bias, product_of(function, groups=groups, **options))
 
 
 # Class of the packed weight, whether it is read by conv1d (which packs as conv2d does) -> what makes a weight of it.

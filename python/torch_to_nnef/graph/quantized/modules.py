@@ -19,7 +19,8 @@ from torch.nn import functional
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized import graphs
 from torch_to_nnef.graph.quantized.values import Quantized, quantize_per_tensor
-from torch_to_nnef.graph.quantized.weights import Weight, as_int8
+from torch_to_nnef.graph.quantized.weights import Weight, as_int8, product_of
+from torch_to_nnef.tensor.quant import as_half
 from torch_to_nnef.torch_internals import pytree
 
 _WINDOW = ("stride", "padding", "dilation", "groups")
@@ -30,15 +31,11 @@ def copied(model: nn.Module) -> nn.Module:
     """A copy of `model` with something else in the place of every converted module and packed weight."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
-        if (
-            id(module) not in shared
-            and type(module).__module__.startswith(_CONVERTED)
-            and type(module) not in _AS_THEY_ARE
-        ):
-            made = STAND_INS.get(type(module), _numbered if type(module) in _NUMBERED else None)
-            if made is None:
+        cls = type(module)
+        if id(module) not in shared and cls.__module__.startswith(_CONVERTED) and cls not in _AS_THEY_ARE:
+            if cls not in STAND_INS:
                 raise _refused(path, module)
-            shared[id(module)] = made(module)
+            shared[id(module)] = _named(STAND_INS[cls](module), cls)
             shared.update((id(part), part) for part in module.modules() if part is not module)
         if isinstance(module, fx.GraphModule):
             shared.update(graphs.packed_weights(module))
@@ -48,6 +45,12 @@ def copied(model: nn.Module) -> nn.Module:
             graphs.rewrite(module)
     result.register_forward_hook(_only_floats)
     return result
+
+
+def _named(made: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Reports say the class of a module: let it be the one that was converted."""
+    made.__class__ = type(cls.__name__, (type(made),), {})
+    return made
 
 
 class Quantize(nn.Module):
@@ -62,6 +65,27 @@ class Quantize(nn.Module):
         return quantize_per_tensor(x, *self.arguments)
 
 
+class Bag(nn.Module):
+    """Stands for `nnq.EmbeddingBag`, which sums rows whatever its mode."""
+
+    def __init__(self, weight: torch.Tensor, include_last_offset: bool) -> None:
+        super().__init__()
+        self.weight, self.include_last_offset = nn.Parameter(weight, requires_grad=False), include_last_offset
+
+    def forward(
+        self, indices: torch.Tensor, offsets: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sums of the rows of each bag, each row times its weight if there are weights."""
+        return functional.embedding_bag(
+            indices,
+            self.weight,
+            offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=self.include_last_offset,
+        )
+
+
 def _linear(source: Any, operator: str, *arguments: Any) -> Weight:
     weight, bias = source._weight_bias()
     return Weight(as_int8(weight), bias, functional.linear, operator, arguments)
@@ -74,12 +98,15 @@ def _static_linear(operator: str, *names: str) -> Callable[[Any], Weight]:
 
 
 def _dynamic_linear(operator: str) -> Callable[[Any], Weight]:
-    # From this version on, activations have 7 bits, but never for qnnpack.
-    return lambda source: _linear(source, operator, (source.version or 0) >= 4 and _reduces_range())
+    def made(source: Any) -> Weight:
+        if source._packed_params.dtype == torch.float16:
+            weight, bias = source._weight_bias()
+            return Weight(as_half(weight), bias, functional.linear, operator.replace("_dynamic", "_dynamic_fp16"))
+        # From version 4 on, activations have 7 bits, but never for qnnpack.
+        seven = (source.version or 0) >= 4 and torch.backends.quantized.engine != "qnnpack"
+        return _linear(source, operator, seven)
 
-
-def _reduces_range() -> bool:
-    return torch.backends.quantized.engine != "qnnpack"
+    return made
 
 
 def _conv(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
@@ -88,17 +115,13 @@ def _conv(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any
         arguments = source.scale, source.zero_point
         options = {name: getattr(source, name) for name in _WINDOW}
         if source.padding_mode == "zeros":
-            return Weight(as_int8(weight), bias, partial(_called, function, **options), operator, arguments)
+            return Weight(as_int8(weight), bias, product_of(function, **options), operator, arguments)
         around = [size for size in reversed(source.padding) for _ in range(2)]
-        product = partial(_called, function, **{**options, "padding": 0})
+        product = product_of(function, **{**options, "padding": 0})
         before = partial(functional.pad, pad=around, mode=source.padding_mode)
         return Weight(as_int8(weight), bias, product, operator, arguments, before)
 
     return made
-
-
-def _called(function: Callable[..., torch.Tensor], x: Any, weight: Any, bias: Any, **options: Any) -> torch.Tensor:
-    return function(x, weight, bias, **options)
 
 
 def _transposed(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
@@ -106,7 +129,7 @@ def _transposed(operator: str, function: Callable[..., torch.Tensor]) -> Callabl
 
     def made(source: Any) -> Weight:
         weight, bias = source._weight_bias()
-        product = partial(function, **{name: getattr(source, name) for name in names})
+        product = product_of(function, **{name: getattr(source, name) for name in names})
         return Weight(as_int8(weight), bias, product, operator, (source.scale, source.zero_point))
 
     return made
@@ -116,7 +139,7 @@ def _reference(function: Callable[..., torch.Tensor], *names: str) -> Callable[[
     """For modules of `convert_to_reference_fx`, which compute in floats."""
 
     def made(source: Any) -> Weight:
-        product = partial(_called, function, **{name: getattr(source, name) for name in names})
+        product = product_of(function, **{name: getattr(source, name) for name in names})
         return Weight(as_int8(source.get_quantized_weight()), source.bias, product)
 
     return made
@@ -124,6 +147,10 @@ def _reference(function: Callable[..., torch.Tensor], *names: str) -> Callable[[
 
 def _embedding(source: Any) -> Weight:
     return Weight(as_int8(source.weight()), None, lambda indices, weight, _: functional.embedding(indices, weight))
+
+
+def _bag(source: Any) -> nn.Module:
+    return Bag(as_int8(source.weight()), source.include_last_offset)
 
 
 def _numbered(source: nn.Module) -> nn.Module:
@@ -163,18 +190,21 @@ STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
     nnq.ConvTranspose2d: _transposed("quantized.conv_transpose2d", functional.conv_transpose2d),
     nnq.ConvTranspose3d: _transposed("quantized.conv_transpose3d", functional.conv_transpose3d),
     nnq.Embedding: _embedding,
+    nnq.EmbeddingBag: _bag,
+    **dict.fromkeys(
+        (
+            *(nnq.BatchNorm2d, nnq.BatchNorm3d, nniq.BNReLU2d, nniq.BNReLU3d, nnq.LayerNorm, nnq.GroupNorm),
+            *(nnq.InstanceNorm1d, nnq.InstanceNorm2d, nnq.InstanceNorm3d),
+            *(nnq.Hardswish, nnq.ELU, nnq.LeakyReLU, nnq.Sigmoid, nnq.Softmax, nnq.QFunctional),
+        ),
+        _numbered,
+    ),
     nnq.PReLU: _prelu,
     nnqr.Linear: _reference(functional.linear),
     nnqr.Conv1d: _reference(functional.conv1d, *_WINDOW),
     nnqr.Conv2d: _reference(functional.conv2d, *_WINDOW),
     nnqr.Conv3d: _reference(functional.conv3d, *_WINDOW),
 }
-# Only their scale and zero point are in the way.
-_NUMBERED = (
-    *(nnq.BatchNorm2d, nnq.BatchNorm3d, nniq.BNReLU2d, nniq.BNReLU3d, nnq.LayerNorm, nnq.GroupNorm),
-    *(nnq.InstanceNorm1d, nnq.InstanceNorm2d, nnq.InstanceNorm3d),
-    *(nnq.Hardswish, nnq.ELU, nnq.LeakyReLU, nnq.Sigmoid, nnq.Softmax, nnq.QFunctional),
-)
 # Their own code does, given `Quantized` values.
 _AS_THEY_ARE = (
     nnq.DeQuantize,
@@ -189,8 +219,8 @@ _AS_THEY_ARE = (
 def _refused(path: str, module: nn.Module) -> T2NErrorNotImplemented:
     cls = type(module)
     return T2NErrorNotImplemented(
-        f"module `{path}` is a {cls.__module__.removesuffix(f'.{cls.__name__.lower()}')}.{cls.__name__}, which has no reference form: "
-        "leave it float (no qconfig for it, a DeQuantStub before it), or give the float model to "
+        f"module `{path}` is a {cls.__module__}.{cls.__name__}, which has no reference form: "
+        "leave it float when you convert the model, or give the float model to "
         'quantize_and_verify(method="int8", calibration=...)'
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.graph.quantized.dynamic import run_time
 from torch_to_nnef.tensor.quant.int8 import RANGES, QParams
 from torch_to_nnef.torch_internals import pytree, quantized_decomposed
 
@@ -148,14 +149,7 @@ _FACTS = frozenset(("device", "dim", "is_contiguous", "ndim", "ndimension", "num
 # memory, as quantized convolutions leave them; for other layouts torch adds the zero point before it rounds half to even.
 _AVERAGES = frozenset(
     (
-        *(
-            "adaptive_avg_pool1d",
-            "adaptive_avg_pool2d",
-            "adaptive_avg_pool3d",
-            "avg_pool1d",
-            "avg_pool2d",
-            "avg_pool3d",
-        ),
+        *(f"{kind}_pool{axes}d" for kind in ("avg", "adaptive_avg") for axes in (1, 2, 3)),
         *("interpolate", "upsample"),
     )
 )
@@ -163,14 +157,6 @@ _AVERAGES = frozenset(
 # bends them is rounded.
 _SAME = frozenset(
     (
-        *(
-            "adaptive_avg_pool1d",
-            "adaptive_avg_pool2d",
-            "adaptive_avg_pool3d",
-            "avg_pool1d",
-            "avg_pool2d",
-            "avg_pool3d",
-        ),
         *("cat", "channel_shuffle", "chunk", "clamp", "clip", "clone", "concat", "contiguous", "detach", "dropout"),
         *("expand", "expand_as", "flatten", "flip", "gelu", "hardtanh", "index_select", "leaky_relu"),
         *("masked_fill", "max_pool1d", "max_pool2d", "max_pool3d", "mean", "movedim", "narrow", "pad", "permute"),
@@ -385,22 +371,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "quantized.linear_relu_dynamic": lambda x, weight, reduce_range=False: functional.relu(
         weight.product(run_time(x, reduce_range))
     ),
+    "quantized.linear_dynamic_fp16": lambda x, weight: weight.product(x),
+    "quantized.linear_relu_dynamic_fp16": lambda x, weight: functional.relu(weight.product(x)),
     "dequantize": lambda x: x.value,
 }
-
-
-_SMALLEST_STEP = 6.1e-5
-
-
-def run_time(x: torch.Tensor, reduce_range: bool) -> torch.Tensor:
-    """`x` rounded to the unsigned codes that its own range asks for, as `quantized::linear_dynamic` does.
-
-    From `ChooseQuantizationParams` in aten/src/ATen/native/quantized/cpu/QuantUtils.h.
-    """
-    largest = 127 if reduce_range else 255
-    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-    step = (high - low) / largest
-    zero_point = torch.round(-low / torch.where(step > 0, step, 1.0))
-    scale = step.clamp(min=_SMALLEST_STEP)
-    codes = torch.clamp(torch.round(x / scale) + zero_point, 0, largest)
-    return (codes - zero_point) * scale

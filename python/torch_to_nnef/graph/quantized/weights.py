@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,20 @@ def _as_is(x: Any) -> Any:
     return x
 
 
+def product_of(function: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
+    """`function` of an input, a weight and a bias, with `options`."""
+    return partial(_call, function, options)
+
+
+def _call(function: Callable[..., torch.Tensor], options: Any, x: Any, weight: Any, bias: Any) -> torch.Tensor:
+    return function(x, weight, bias, **options)
+
+
 class Weight(nn.Module):
     """A weight packed for torch's engines, as a parameter, and the float product with it.
 
-    It stands for a whole converted module: inputs, this weight and `arguments` go to `operator`, the name of one above; the product
-    alone is what a module without one computes. `before` is done to the (first) input.
+    It stands for a whole converted module: inputs, this weight and `arguments` go to `operator`, one of `OPERATORS`; without one, the
+    product is all. `before` is done to the (first) input.
     """
 
     weight: torch.Tensor

@@ -30,6 +30,10 @@ def call(node: JitNode, args: list[Any]) -> Any:
     python = (_NUMBERS.get(kind) if numbers else None) or _VALUES.get(kind)
     if python is not None:
         return python(*args)
+    if kind.startswith(("quantized::", "aten::quantize_per")):
+        raise T2NErrorNotImplemented(
+            f"a ScriptModule that computes in 8 bits ({kind}): export the model that was scripted"
+        )
     overload = _overload(node.schema())
     if overload is None:
         raise T2NErrorNotImplemented(f"TorchScript's {kind} has no equivalent in an exported graph")
