@@ -27,6 +27,7 @@ PAGES = [
         "docs/llm_families.md",
         "docs/calibration.md",
         "docs/quality.md",
+        "docs/tutorials/int8.md",
         "docs/tutorials/q40_for_networks.md",
         "docs/tutorials/your_own_method.md",
     )
@@ -93,6 +94,11 @@ def test_tutorial_on_methods_runs(here):
 @pytest.mark.parametrize("end", ["## An encoder", pytest.param(None, marks=pytest.mark.slow)])
 def test_tutorial_on_networks_runs(here, end):
     run_tutorial("docs/tutorials/q40_for_networks.md", {"__name__": "tutorial"}, end)
+
+
+@pytest.mark.parametrize("end", ["## Other ranges", pytest.param(None, marks=pytest.mark.slow)])
+def test_tutorial_on_8_bits_runs(here, end):
+    run_tutorial("docs/tutorials/int8.md", {"__name__": "tutorial"}, end)
 
 
 @pytest.fixture(scope="module")
