@@ -116,6 +116,7 @@ def test_python_of_the_readme_runs(run):
     names, folder = run
     assert names["report"].ok
     assert names["logits"].shape == (1, 30, 1000)
+    assert names["eight"].arithmetic.integer_share == 1
     assert {row.method for row in names["mine"].rows} == {"symmetric"}
     assert names["Counted"].sizes == {"1.weight": 9344, "3.weight": 144128}
     assert {p.name for p in folder.iterdir()} == {
@@ -124,6 +125,7 @@ def test_python_of_the_readme_runs(run):
         "float.nnef",
         "mine.nnef.tgz",
         "tagger.nnef.tgz",
+        "eight.nnef.tgz",
         "counted.nnef.tgz",
     }
 
