@@ -55,6 +55,7 @@ bench: dev ## the core against memory, the package against others; ratios of one
 	$(BIN)/python benches/quantize.py
 	$(BIN)/python benches/export.py
 	$(BIN)/python benches/llm.py
+	$(BIN)/python benches/int8.py
 
 quality: dev ## what each method costs real models: benches/quality/results.json and docs/quality.md; an hour
 	. $(BIN)/activate && maturin develop --quiet --release

@@ -27,6 +27,7 @@ PAGES = [
         "docs/llm_families.md",
         "docs/calibration.md",
         "docs/quality.md",
+        "docs/tutorials/int8.md",
         "docs/tutorials/q40_for_networks.md",
         "docs/tutorials/your_own_method.md",
     )
@@ -95,6 +96,11 @@ def test_tutorial_on_networks_runs(here, end):
     run_tutorial("docs/tutorials/q40_for_networks.md", {"__name__": "tutorial"}, end)
 
 
+@pytest.mark.parametrize("end", ["## Other ranges", pytest.param(None, marks=pytest.mark.slow)])
+def test_tutorial_on_8_bits_runs(here, end):
+    run_tutorial("docs/tutorials/int8.md", {"__name__": "tutorial"}, end)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The README's Python, run in order: its names, and the folder it ran in."""
@@ -110,6 +116,7 @@ def test_python_of_the_readme_runs(run):
     names, folder = run
     assert names["report"].ok
     assert names["logits"].shape == (1, 30, 1000)
+    assert names["eight"].arithmetic.integer_share == 1
     assert {row.method for row in names["mine"].rows} == {"symmetric"}
     assert names["Counted"].sizes == {"1.weight": 9344, "3.weight": 144128}
     assert {p.name for p in folder.iterdir()} == {
@@ -118,6 +125,7 @@ def test_python_of_the_readme_runs(run):
         "float.nnef",
         "mine.nnef.tgz",
         "tagger.nnef.tgz",
+        "eight.nnef.tgz",
         "counted.nnef.tgz",
     }
 
