@@ -25,7 +25,7 @@ from torch_to_nnef.graph.experts import warn_of_dense_experts
 from torch_to_nnef.graph.inputs import Args, Inputs, check_names, prepare
 from torch_to_nnef.graph.ir import Graph
 from torch_to_nnef.graph.quantized import float_reference
-from torch_to_nnef.graph.rounding import rounds, slack
+from torch_to_nnef.graph.rounding import rounds, slack, steps
 from torch_to_nnef.graph.torchscript import eager
 from torch_to_nnef.inference_target import TractCheckTolerance, TractNNEF
 from torch_to_nnef.log import LOGGER, at_level
@@ -158,8 +158,8 @@ class Plan:
 
     def slack(self, inputs: InputSet) -> tuple[float, ...]:
         """For each output, how far rounding to 8 bits on the way may move it; see `graph.rounding`."""
-        if not rounds(self.graph):
-            return (0.0,) * len(self.document.outputs)
+        if not rounds(self.graph) or inputs.outside:  # of what the capture assumed: it may not run there
+            return steps(self.graph)
         return slack(self.captured, self.graph, inputs.tensors)
 
     def runner(self, model: nn.Module) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:

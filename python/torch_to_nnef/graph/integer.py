@@ -8,7 +8,7 @@ and quantize, exactly as torch's reference does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class Weight:
 def _explicit(graph: Graph) -> Graph:
     rewriting = Rewriting(graph)
     packed = {name: t for name, fqn in graph.weights.items() if isinstance(t := graph.tensors[fqn], QTensorInt8)}
+    inputs = _input_qparams(graph)
     codes: dict[int, tuple[Value | None, ...]] = {}
     for node in graph.nodes:
         for value in values((node.args, dict(node.kwargs))):
@@ -77,7 +78,7 @@ def _explicit(graph: Graph) -> Graph:
                     "quantize statically, per tensor for activations, or leave this part in float"
                 )
         else:
-            rewriting.keep(_with_rounded_input(rewriting, graph, node))
+            rewriting.keep(_with_rounded_input(rewriting, inputs, node))
     return rewriting.done()
 
 
@@ -121,25 +122,29 @@ def _dequantized(
     return rewriting.add(ops.dequantize_weight, (*parts, axis), like, value.shape, value.dtype, name)
 
 
-def _with_rounded_input(rewriting: Rewriting, graph: Graph, node: Node) -> Node:
+def _input_qparams(graph: Graph) -> dict[str, QParams]:
+    """By the name of a weight, or of its transpose: how what it is multiplied with is rounded."""
+    found = {}
+    for name, fqn in graph.weights.items():
+        tensor = graph.tensors[fqn]
+        if isinstance(tensor, QTensorInt8) and tensor.input_qparams is not None:
+            found[name] = tensor.input_qparams
+    for node in graph.nodes:
+        if is_transpose(node) and (qparams := found.get(node.args[0].name)) is not None:
+            found[node.outputs[0].name] = qparams
+    return found
+
+
+def _with_rounded_input(rewriting: Rewriting, inputs: Mapping[str, QParams], node: Node) -> Node:
     """A product with a weight that says how its other factor is rounded."""
     if node.target not in FACTORS:
         return node
-    weight, other = (node.args[i] for i in FACTORS[node.target])
-    qparams = _input_qparams(graph, weight)
-    if qparams is None:
+    weight, other = FACTORS[node.target]
+    if (qparams := inputs.get(node.args[weight].name)) is None:
         return node
     args = list(node.args)
-    args[FACTORS[node.target][1]] = _rounded(rewriting, other, qparams, node)
-    return Node(node.name, node.target, tuple(args), node.kwargs, node.outputs, node.module_path, node.source)
-
-
-def _input_qparams(graph: Graph, weight: Value) -> QParams | None:
-    makers = {value.name: node for node in graph.nodes for value in node.outputs}
-    while (maker := makers.get(weight.name)) is not None and is_transpose(maker):
-        weight = maker.args[0]
-    tensor = graph.tensors.get(graph.weights.get(weight.name, ""))
-    return tensor.input_qparams if isinstance(tensor, QTensorInt8) else None
+    args[other] = _rounded(rewriting, args[other], qparams, node)
+    return replace(node, args=tuple(args))
 
 
 def _rounded(rewriting: Rewriting, x: Value, q: QParams, like: Node) -> Value:
