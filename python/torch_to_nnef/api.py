@@ -22,10 +22,8 @@ from torch_to_nnef.graph.capture import eval_mode
 from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import Args, DynamicAxes, prepare
-from torch_to_nnef.graph.macs import arithmetic
 from torch_to_nnef.graph.norms import find_norms
 from torch_to_nnef.graph.quantized import float_reference
-from torch_to_nnef.graph.rounding import rounds
 from torch_to_nnef.graph.torchscript import eager
 from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.inference_target import TractNNEF
@@ -157,7 +155,7 @@ def quantize_and_verify(
         quantization=quantization,
         archive=archive,
         metrics=metrics,
-        arithmetic=arithmetic(plan.graph, plan.inputs.sizes()) if rounds(plan.graph) else None,
+        arithmetic=plan.arithmetic(),
         steps=steps.taken(),
         versions={"torch": torch.__version__, "tract": tract_version, "torch_to_nnef": __version__},
     )

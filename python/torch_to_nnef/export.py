@@ -24,6 +24,7 @@ from torch_to_nnef.graph.convert import name_symbols, to_graph
 from torch_to_nnef.graph.experts import warn_of_dense_experts
 from torch_to_nnef.graph.inputs import Args, Inputs, check_names, prepare
 from torch_to_nnef.graph.ir import Graph
+from torch_to_nnef.graph.macs import Arithmetic, arithmetic
 from torch_to_nnef.graph.quantized import float_reference
 from torch_to_nnef.graph.rounding import rounds, slack, steps
 from torch_to_nnef.graph.torchscript import eager
@@ -161,6 +162,10 @@ class Plan:
         if not rounds(self.graph) or inputs.outside:  # of what the capture assumed: it may not run there
             return steps(self.graph)
         return slack(self.captured, self.graph, inputs.tensors)
+
+    def arithmetic(self) -> Arithmetic | None:
+        """Which products run on 8-bit codes; None if nothing is rounded to any."""
+        return arithmetic(self.graph, self.inputs.sizes()) if rounds(self.graph) else None
 
     def runner(self, model: nn.Module) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
         """`model` as a function of flat tensors, in eval mode."""

@@ -141,6 +141,7 @@ class Work:
             rows=tuple(rows),
             totals=_totals(rows, self.model, original),
             archive=found.archive,
+            arithmetic=plan.arithmetic(),
             generation=found.generation,
             quality=found.quality,
             notes=tuple(self.notes),
@@ -215,7 +216,10 @@ class Work:
         runs = scenarios(step, self.signature, self._sample(), ids, self.options.sample_generation_total_size)
         layout.write_tests(runs)
         tract = TractModel.load(layout.archive)
-        archive = verify_scenarios(tract, runs, tolerance)
+        names = plan.document.outputs
+        archive = verify_scenarios(
+            tract, runs, tolerance, lambda inputs: dict(zip(names, plan.slack(inputs), strict=True))
+        )
         sets = [run.input_set for run in runs]
         raise_on_mismatch(archive, sets, lambda inputs: locate(plan, layout.archive, inputs, tolerance), plan.advice)
         found = _Findings(tuple(map(condensed, archive)))
@@ -226,7 +230,8 @@ class Work:
         context = self.signature.context or 2 * _GENERATED
         prompt = self._ids(QUESTION)[: context // 2]
         count = min(_GENERATED, context - len(prompt))
-        found.generation = compare_generation(in_torch, in_tract, prompt, count, tolerance, self.model.dtype)
+        slack = max(output.slack for run in archive for output in run.outputs if output.name == names[0])
+        found.generation = compare_generation(in_torch, in_tract, prompt, count, tolerance, self.model.dtype, slack)
         if not found.generation.ok:
             raise T2NErrorIOPytorchTractNotISO(f"tract does not generate torch's text: {found.generation}")
         if reference is not None:

@@ -120,8 +120,11 @@ def compare_generation(
     count: int,
     tolerance: TractCheckTolerance,
     dtype: torch.dtype = torch.float32,
+    slack: float = 0.0,
 ) -> GenerationComparison:
     """Generate `count` tokens after `prompt` in torch (`reference`) and tract (`archive`); `dtype` is that of the logits in torch.
+
+    slack: what rounding to 8 bits adds to `atol`.
 
     tract goes ahead token by token; torch then reads all of them in one run and says, at each, which one it would have chosen. From the
     first that differs, both go on with torch's: so the tokens are those of torch alone, for next to the price of one run of it.
@@ -132,6 +135,7 @@ def compare_generation(
     reference.reset()
     archive.reset()
     bounds = tolerance.bounds(str(dtype).removeprefix("torch."))
+    bounds = replace(bounds, atol=max(bounds.atol, slack))
     tokens: list[int] = []
     differences: list[Difference] = []
     worst = 0.0

@@ -13,7 +13,7 @@ from torch_to_nnef.verify import Comparison, InputSet, compare
 from torch_to_nnef.verify.compare import as_array
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import nn
@@ -81,9 +81,14 @@ def scenarios(
 
 
 def verify_scenarios(
-    archive: TractModel, runs: Sequence[Scenario], tolerance: TractCheckTolerance
+    archive: TractModel,
+    runs: Sequence[Scenario],
+    tolerance: TractCheckTolerance,
+    slack: Callable[[InputSet], Mapping[str, float]] | None = None,
 ) -> tuple[Comparison, ...]:
     """Run each scenario in tract: one `Comparison` each, in order, named by it.
+
+    slack: by output, what rounding to 8 bits adds to the tolerance.
 
     Raises `T2NErrorTract` when tract fails, `T2NErrorIoQuantity` when the archive lacks an output.
     """
@@ -96,7 +101,11 @@ def verify_scenarios(
             raise T2NErrorTract(f"tract failed on the archive in scenario {scenario.name}: {error}") from error
         if missing := [name for name in scenario.outputs if name not in actual]:
             raise T2NErrorIoQuantity(f"the archive has no output {missing}; it has {list(actual)}")
-        outputs = tuple(compare(e, actual[name], tolerance, name=name) for name, e in scenario.outputs.items())
+        more = slack(scenario.input_set) if slack else {}
+        outputs = tuple(
+            compare(e, actual[name], tolerance, name=name, slack=more.get(name, 0.0))
+            for name, e in scenario.outputs.items()
+        )
         traced = scenario.input_set.traced
         comparisons.append(Comparison("archive", scenario.sizes, traced, outputs, tolerance, name=scenario.name))
     return tuple(comparisons)
