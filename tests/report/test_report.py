@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from torch_to_nnef.exceptions import T2NErrorRuntime
+from torch_to_nnef.graph.macs import Arithmetic, Product
 from torch_to_nnef.inference_target import TractCheckTolerance
 from torch_to_nnef.quantize.rows import TensorRow
 from torch_to_nnef.report import Report, Section, Totals, words
@@ -288,6 +289,34 @@ def test_what_was_gained_against_min_max_is_a_mean_over_each_kind():
     assert words.gains((measured("a.weight", 18.0, None, "min_max_q4_0"),)) == []
     assert words.GAIN_TITLE not in str(report())
     assert words.GAIN_TITLE in str(report(rows=rows))
+
+
+def test_what_runs_in_integers_is_said_in_every_view(tmp_path):
+    products = [Product("a.conv", "integer_conv", 3000, "")]
+    products += [Product(path, "matmul", 500, "both factors are computed") for path in ("a.att", "b.att")]
+    reference = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    off = compare(reference, reference.numpy() + np.float32([0, 0.1, 0, 0]), APPROXIMATE, name="logits", slack=0.11)
+    assert off.ok
+    assert off.rounded_share == 0.25
+    archive = (Comparison("archive", {"B": 1}, True, (off,), APPROXIMATE),)
+    made = report(arithmetic=Arithmetic(tuple(products), {"add": 2}), archive=archive)
+    made.to_markdown(tmp_path / "r.md")
+    made.to_html(tmp_path / "r.html")
+    for text in (str(made), (tmp_path / "r.md").read_text(), (tmp_path / "r.html").read_text()):
+        assert "75.0% of 4,000 multiply-accumulates run in integers" in text
+        assert "a.att and 1 more" in text
+        assert "25.000% of values moved" in text
+    found = made.to_dict()["arithmetic"]
+    assert (found["macs"], found["integer_macs"], found["integer_share"]) == (4000, 3000, 0.75)
+    assert found["products"][0] == {"module_path": "a.conv", "operator": "integer_conv", "macs": 3000, "reason": ""}
+
+
+def test_beyond_the_slack_is_outside():
+    reference = torch.tensor([1.0, 2.0])
+    found = compare(reference, np.float32([1.0, 2.2]), APPROXIMATE, slack=0.1)
+    assert not found.ok
+    assert (found.outside, found.rounded_share) == (1, 0.0)
+    assert not compare(reference, np.float32([1.0, 2.05]), TractCheckTolerance.EXACT, slack=0.1).ok
 
 
 def test_columns_that_say_nothing_are_left_out():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from torch_to_nnef.graph.macs import Arithmetic
+    from torch_to_nnef.graph.macs import Arithmetic, Product
     from torch_to_nnef.quantize.rows import TensorRow
     from torch_to_nnef.verify import Comparison
     from torch_to_nnef.verify.metrics import Metrics
@@ -124,7 +124,11 @@ class Report:
         head = {"schema": SCHEMA, "ok": self.ok, "verified": self.verified, "archive_name": self.archive_path.name}
         steps = [{"name": name, "seconds": seconds} for name, seconds in self.steps]
         sections = [section._asdict() for section in self.sections]
-        everything: dict[str, Any] = plain(head | data | {"totals": totals, "steps": steps, "sections": sections})
+        data |= {"totals": totals, "steps": steps, "sections": sections}
+        if self.arithmetic is not None:
+            counts = {name: getattr(self.arithmetic, name) for name in ("macs", "integer_macs", "integer_share")}
+            data["arithmetic"] = plain(self.arithmetic) | counts
+        everything: dict[str, Any] = plain(head | data)
         return everything
 
     def to_json(self, path: str | PathLike[str]) -> None:
@@ -150,10 +154,15 @@ class Report:
 
 
 def _in_integers(arithmetic: "Arithmetic", archive: "tuple[Comparison, ...]") -> Section:
-    """What runs on 8-bit codes, what does not and why, and how many values of outputs were rounded otherwise than by torch."""
-    share = f"{arithmetic.integer_share:.1%} of {arithmetic.macs:,} multiply-accumulates run in integers"
-    floats = [product for product in arithmetic.products if product.reason]
-    rows = [(product.operator, product.module_path or "-", f"{product.macs:,}", product.reason) for product in floats]
+    """What runs on 8-bit codes, what does not and why, and how many values of outputs rounding moved."""
+    floats: dict[tuple[str, str], list[Product]] = {}
+    for product in arithmetic.products:
+        if product.reason:
+            floats.setdefault((product.operator, product.reason), []).append(product)
+    rows = [
+        (operator, _modules(found), f"{sum(product.macs for product in found):,}", reason)
+        for (operator, reason), found in floats.items()
+    ]
     rows += [
         (name, "-", "-", f"in float between codes, {count} times") for name, count in arithmetic.float_operators.items()
     ]
@@ -162,13 +171,19 @@ def _in_integers(arithmetic: "Arithmetic", archive: "tuple[Comparison, ...]") ->
             output.name,
             comparison.sizes_text,
             "-",
-            f"{output.rounded_share:.3%} of values rounded to another code than by torch",
+            f"{output.rounded_share:.3%} of values moved by codes one off torch's",
         )
         for comparison in archive
         for output in comparison.outputs
         if output.rounded_share
     ]
+    share = f"{arithmetic.integer_share:.1%} of {arithmetic.macs:,} multiply-accumulates run in integers"
     return Section(f"8-bit arithmetic: {share}", ("operator or output", "module or sizes", "MACs", "why"), tuple(rows))
+
+
+def _modules(products: "list[Product]") -> str:
+    more = f" and {len(products) - 1} more" if len(products) > 1 else ""
+    return f"{products[0].module_path or 'the root module'}{more}"
 
 
 def plain(value: Any) -> Any:
