@@ -10,6 +10,7 @@ from torchao.testing.pt2e import _xnnpack_quantizer as xnnpack
 
 from torch_to_nnef import quantize_and_verify
 from torch_to_nnef.graph.capture import capture
+from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.inputs import prepare
 from torch_to_nnef.graph.quantized import float_reference
 from torch_to_nnef.tensor.quant.int8 import QTensorInt8
@@ -76,6 +77,8 @@ def test_captured_again(name):
     ops = [str(node.target) for node in captured.program.graph.nodes if node.op == "call_function"]
     assert not any("dequantize_per_channel" in op for op in ops)
     assert sorted(captured.fqns().values()) == sorted(key for key in state if key[0] in "cb")
+    places = {node.module_path for node in to_graph(captured).nodes}
+    assert {"c1", "c2", "block.0", "block.2"} <= places
     # The model stays torchao's.
     assert model.state_dict().keys() == state.keys()
     assert torch.equal(model(x), expected)
@@ -112,3 +115,21 @@ def test_dynamic(name, tmp_path):
         torch.testing.assert_close(float_reference(model)(values), model(values), rtol=1e-5, atol=1e-6)
     report = quantize_and_verify(model, (x,), tmp_path / "net.nnef", method=None)
     assert {row.fqn for row in report.rows} == {"0.weight", "2.weight"}
+
+
+def test_arguments_by_name(tmp_path):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, pair, *, scale):
+            return self.linear(pair["a"] * scale + pair["b"])
+
+    torch.manual_seed(0)
+    args, kwargs = ({"a": noise(3, 8), "b": noise(3, 8, seed=1)},), {"scale": noise(8, seed=2)}
+    exported = torch.export.export(Sum(), args, kwargs)
+    prepared = prepare_pt2e(exported.module(), QUANTIZERS["xnnpack"]())
+    prepared(*args, **kwargs)
+    model = convert_pt2e(prepared)
+    assert torch.equal(float_reference(model)(*args, **kwargs), model(*args, **kwargs))

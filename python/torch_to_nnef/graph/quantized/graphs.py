@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.fx.traceback
 from torch import fx, nn
 from torch.nn import functional
 
@@ -76,6 +79,21 @@ def rewrite(module: fx.GraphModule) -> None:
     for name in module._buffers.keys() - read:
         del module._buffers[name]
     module.recompile()
+    if hasattr(module, "_in_spec"):
+        _keep_places(module)
+
+
+def _keep_places(module: fx.GraphModule) -> None:
+    """Let nodes of an exported model keep the module and the line that they had there, when they are captured again."""
+    generated = type(module).forward
+
+    @functools.wraps(generated)
+    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(generated).bind(self, *args, **kwargs)
+        with fx.traceback.preserve_node_meta():
+            return fx.Interpreter(self).run(*list(bound.arguments.values())[1:])
+
+    type(module).forward = forward  # the class is this module's own
 
 
 class _Parameters:
