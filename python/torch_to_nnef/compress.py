@@ -26,7 +26,7 @@ from torch_to_nnef.quantize.methods.best import quantize_best
 from torch_to_nnef.quantize.methods.gptq import quantize_gptq
 from torch_to_nnef.quantize.methods.half import keep_half
 from torch_to_nnef.quantize.methods.imatrix import quantize_imatrix
-from torch_to_nnef.quantize.methods.int8 import quantize_static_int8
+from torch_to_nnef.quantize.methods.int8 import quantize_smooth_int8, quantize_static_int8
 from torch_to_nnef.quantize.methods.min_max import quantize_min_max
 from torch_to_nnef.quantize.methods.scale_search import quantize_scale_search
 from torch_to_nnef.quantize.observers import OBSERVERS
@@ -121,9 +121,10 @@ DEFAULT_COMPRESSION: dict[str, Method] = {
     ),
     "int8": quantize_static_int8,
     **{f"int8_{name}": partial(quantize_static_int8, observer=name, method=f"int8_{name}") for name in OBSERVERS},
+    "int8_smooth": quantize_smooth_int8,
     "int8_per_tensor": partial(quantize_static_int8, per_channel=False, method="int8_per_tensor"),
 }
-_ANY_ROWS = (quantize_static_int8, keep_half, None)
+_ANY_ROWS = (quantize_static_int8, quantize_smooth_int8, keep_half, None)
 """Methods for which rows need not be multiples of 32."""
 KEPT: dict[str, Method | None] = {"f16": keep_half, "f32": None}
 """What an override can ask for beside the keys of a registry."""

@@ -20,7 +20,7 @@ from torch_to_nnef.quantize.rows import TensorRow, record, recording
 from torch_to_nnef.quantize.targets import Target
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.half import WIDE, as_half
-from torch_to_nnef.tensor.quant.int8 import QTensorInt8
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8, quantize_int8
 from torch_to_nnef.tensor.quant.padded import QTensorTractPadded, padded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed, quantize_q40
 from torch_to_nnef.tensor.updater import ModTensorUpdater
@@ -165,11 +165,12 @@ class _Trial:
 
     def _plain(self, name: str) -> QTensor:
         weight = self._originals[name].detach()
-        if isinstance(self._packed[name], QTensorInt8):
-            return self._packed[name]
-        if isinstance(self._packed[name], QTensorTractTransposed):
+        packed = self._packed[name]
+        if isinstance(packed, QTensorInt8):
+            return quantize_int8(weight, per_channel=packed.axis is not None, axis=packed.axis or 0, name=name)
+        if isinstance(packed, QTensorTractTransposed):
             return quantize_q40(weight.mT, name=name).transposed()
-        if isinstance(self._packed[name], QTensorTractPadded):
+        if isinstance(packed, QTensorTractPadded):
             return QTensorTractPadded.of(quantize_q40(padded(weight), name=name), weight.shape[1])
         return quantize_q40(weight, name=name)
 

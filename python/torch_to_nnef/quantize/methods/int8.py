@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.log import LOGGER
 from torch_to_nnef.quantize.apply import put_packed, row_of
 from torch_to_nnef.quantize.calibrated import running
 from torch_to_nnef.quantize.calibration import Batch, as_calibration
@@ -18,11 +19,13 @@ from torch_to_nnef.quantize.costs import refuse_offloaded
 from torch_to_nnef.quantize.inputs import Observed, OutputErrors, Products
 from torch_to_nnef.quantize.norms import folded
 from torch_to_nnef.quantize.observers import OBSERVERS, Observer
+from torch_to_nnef.quantize.smoothing import ChannelRanges, smooth
 from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection, Target, find_targets, int8_reason
 from torch_to_nnef.tensor.quant.int8 import QParams, QTensorInt8, quantize_int8
 
 if TYPE_CHECKING:
-    from torch_to_nnef.quantize.apply import Progress
+    from torch_to_nnef.log import LOGGER
+from torch_to_nnef.quantize.apply import Progress
 
 _CLASSES = (*DEFAULT_CLASSES, nn.Conv3d)
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8}
@@ -130,6 +133,43 @@ def quantize_static_int8(
         progress(total, total, "")
     put_packed(model, targets, packed, rows)
     return model
+
+
+def quantize_smooth_int8(
+    model: nn.Module,
+    tokenizer: Callable[..., Any] | None = None,
+    calibration: Any = None,
+    to_quantize_module_classes: Sequence[type[nn.Module]] | None = None,
+    selection: Selection | None = None,
+    progress: Progress | None = None,
+    method: str = "int8_smooth",
+    **kw: Any,
+) -> nn.Module:
+    """`quantize_static_int8`, channels made alike first where the graph lets a factor go into the layer before (`smooth`).
+
+    What takes factors up changes as well: norms, biases, rows of other weights. Without a graph (`selection.folds`) nothing is scaled.
+    """
+    data = as_calibration(calibration, tokenizer, model)
+    if selection is None or not selection.folds:
+        LOGGER.warning("%s: no channels are scaled, since the graph has no place that takes up a factor", method)
+    folds = selection.folds if selection else ()
+    targets = _targets(model, to_quantize_module_classes or _CLASSES, selection)
+    wanted = [target for target in targets if target.reason is None]
+    refuse_offloaded([target.tensor for target in wanted])
+    ranges = ChannelRanges(wanted)
+    with running(model):
+        _run(
+            model,
+            data.learn if folds else (),
+            ranges.watch,
+            lambda what: progress and progress(0, 1, f"channels, {what}"),
+        )
+    scaled = smooth(model, folds, wanted, ranges)
+    try:
+        return quantize_static_int8(model, None, data, to_quantize_module_classes, selection, progress, method, **kw)
+    except BaseException:
+        scaled.undo()
+        raise
 
 
 def _targets(model: nn.Module, classes: Sequence[type[nn.Module]], selection: Selection | None) -> list[Target]:
