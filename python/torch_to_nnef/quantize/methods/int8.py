@@ -24,8 +24,7 @@ from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection, Target, f
 from torch_to_nnef.tensor.quant.int8 import QParams, QTensorInt8, quantize_int8
 
 if TYPE_CHECKING:
-    from torch_to_nnef.log import LOGGER
-from torch_to_nnef.quantize.apply import Progress
+    from torch_to_nnef.quantize.apply import Progress
 
 _CLASSES = (*DEFAULT_CLASSES, nn.Conv3d)
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8}
