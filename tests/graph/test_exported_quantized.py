@@ -115,6 +115,7 @@ def test_dynamic(name, tmp_path):
         torch.testing.assert_close(float_reference(model)(values), model(values), rtol=1e-5, atol=1e-6)
     report = quantize_and_verify(model, (x,), tmp_path / "net.nnef", method=None)
     assert {row.fqn for row in report.rows} == {"0.weight", "2.weight"}
+    assert report.arithmetic.integer_share == 1
 
 
 def test_arguments_by_name(tmp_path):

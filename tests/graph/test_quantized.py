@@ -14,6 +14,7 @@ from torch_to_nnef import quantize_and_verify
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized import float_reference
 from torch_to_nnef.tensor.quant import QTensorHalf, QTensorInt8
+from torch_to_nnef.tract_model import TractModel
 
 pytestmark = MARKS
 ENGINES = ["fbgemm", "qnnpack", "onednn"]
@@ -240,6 +241,21 @@ def test_dynamic_linear(engine, factor):
     torch.testing.assert_close(reference(x), dynamic(x), rtol=1e-5, atol=1e-6)
     assert [name for name, p in reference.named_parameters() if isinstance(p, QTensorInt8)] == ["0.weight", "2.weight"]
     assert not torch.allclose(model(x), dynamic(x)) or not factor
+
+
+@pytest.mark.filterwarnings("ignore:Currently, qnnpack incorrectly ignores reduce_range:UserWarning")
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_dynamic_linear_in_integers(engine, tmp_path):
+    """Sums of codes, whose scale and zero point are computed of their own range."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 7, bias=False))
+    dynamic, path = tq.quantize_dynamic(model, {nn.Linear}), tmp_path / "m.nnef"
+    report = quantize_and_verify(dynamic, noise(5, 3, 40), path, None, dynamic_axes={"input": {0: "B", 1: "S"}})
+    assert report.arithmetic.integer_share == 1
+    tract = TractModel.load(path)
+    for factor in (1.0, 30.0, 1e-3, 0.0):
+        x = factor * noise(2, 9, 40, seed=3) + factor / 2
+        torch.testing.assert_close(torch.from_numpy(tract.run(x)["output"]), dynamic(x), rtol=1e-4, atol=1e-5)
 
 
 def test_embeddings():

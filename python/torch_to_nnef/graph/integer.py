@@ -35,7 +35,7 @@ def _name(node: Node) -> str:
 def has_codes(graph: Graph) -> bool:
     """Whether anything of the graph is in 8 bits."""
     return any(isinstance(graph.tensors[fqn], QTensorInt8) for fqn in graph.weights.values()) or any(
-        _name(node).startswith(_NAMESPACE) for node in graph.nodes
+        node.target is ops.dequantize_chosen or _name(node).startswith(_NAMESPACE) for node in graph.nodes
     )
 
 

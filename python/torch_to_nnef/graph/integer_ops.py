@@ -1,7 +1,7 @@
 """Nodes of ours for 8-bit arithmetic: `t2n::quantize`, `dequantize`, integer products and what brings their sums back to 8 bits.
 
-Codes are int8 whatever torch has: an unsigned code c with zero point z is c - 128 with z - 128. Sums are int32. Torch runs these
-implementations in tests alone; they say what tract has to compute.
+Codes are int8 whatever torch has: an unsigned code c with zero point z is c - 128 with z - 128. Sums are int32. Torch runs most of
+these implementations in tests alone; they say what tract has to compute.
 """
 
 from __future__ import annotations
@@ -128,6 +128,25 @@ def _embed(indices: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | N
     return shifted * scale.expand(len(codes))[indices, None]
 
 
+def _dequantize_chosen(codes: Tensor, scale: Tensor, zero_point: Tensor, low: int) -> Tensor:
+    """(codes - zero_point) * scale, with codes from `low` to `low` + 255 held as floats, and a scale known only at run time."""
+    return (codes - zero_point) * scale
+
+
+def _rescale_chosen(
+    sums: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    shift: int,
+) -> Tensor:
+    """(sums - (zero_point - shift) * weight_sums) * scale * weight_scale + bias: `sums` of codes less `shift` with 8-bit weights."""
+    scaled = (sums.to(torch.float32) - (zero_point - shift) * weight_sums) * (scale * weight_scale)
+    return scaled if bias is None else scaled + bias
+
+
 _WINDOW = "int[] stride, int[] before, int[] behind, int[] dilation, int groups"
 _TO_CODES = "float scale, int out_zero_point, int low, int high"
 quantize = _define("quantize(Tensor x, float scale, int zero_point, int low, int high) -> Tensor", _quantize)
@@ -149,6 +168,18 @@ convolve_requantized = _define(
 look_up = _define("look_up(Tensor codes, Tensor table) -> Tensor", _look_up)
 clamp_codes = _define("clamp_codes(Tensor codes, int low, int high) -> Tensor", _clamp_codes)
 embed = _define("integer_embedding(Tensor indices, Tensor codes, Tensor scale, Tensor? zero_point) -> Tensor", _embed)
+
+
+# Torch runs this one, since a reference of dynamic quantization has it.
+dequantize_chosen = _define(
+    "dequantize_chosen(Tensor codes, Tensor scale, Tensor zero_point, int low) -> Tensor", _dequantize_chosen
+)
+torch.library.register_fake("t2n::dequantize_chosen", lambda codes, *rest: torch.empty_like(codes))
+rescale_chosen = _define(
+    "rescale_chosen(Tensor sums, Tensor scale, Tensor zero_point, Tensor weight_scale, Tensor weight_sums, Tensor? bias, int shift)"
+    " -> Tensor",
+    _rescale_chosen,
+)
 
 
 def is_depthwise(weight_shape: Sequence[Any], groups: int) -> bool:

@@ -85,6 +85,8 @@ def _product(rewriting: Rewriting, node: Node) -> bool:
     bias = _bias(rewriting, node)
     if factor is None or bias is _ELSEWHERE or len(weight.shape) < 2 or (not convolution and len(weight.shape) != 2):
         return False
+    if not convolution and _with_chosen_scale(rewriting, node, factor, x, bias):
+        return True
     if (codes := as_codes(rewriting, x, node)) is None:
         return False
     out = node.outputs[0]
@@ -104,15 +106,39 @@ def _product(rewriting: Rewriting, node: Node) -> bool:
     broadcast = [-1 if i == axis else 1 for i in range(len(shape))]
     scale = (factor.scale.to(torch.float64) * codes.scale).to(torch.float32)
     scales = rewriting.store(scale.reshape(broadcast), f"{factor.fqn}{_SCALE}")
-    if isinstance(bias, Value):
-        added = loaded(rewriting.tensors[rewriting.weights[bias.name]]).detach().to(torch.float32)
-        bias = rewriting.store(added.reshape(broadcast), f"{factor.fqn}{_BIAS}")
-    rescaled = (sums, scales, bias)
+    rescaled = (sums, scales, _stored_bias(rewriting, bias, broadcast, factor.fqn))
     if batched:
         rewriting.add(ops.rescale, rescaled, node, shape, out.dtype, out.name)
     else:
         result = rewriting.add(ops.rescale, rescaled, node, shape, out.dtype)
         rewriting.add(aten.squeeze.dim, (result, 0), node, out.shape, out.dtype, out.name)
+    return True
+
+
+def _stored_bias(rewriting: Rewriting, bias: Value | None, shape: Sequence[int], fqn: str) -> Value | None:
+    if bias is None:
+        return None
+    added = loaded(rewriting.tensors[rewriting.weights[bias.name]]).detach().to(torch.float32)
+    return rewriting.store(added.reshape(shape), f"{fqn}{_BIAS}")
+
+
+def _with_chosen_scale(rewriting: Rewriting, node: Node, factor: _Factor, x: Value, bias: Value | None) -> bool:
+    """A linear of codes whose scale and zero point are computed of their own range: dynamic quantization."""
+    maker, out = rewriting.maker(x), node.outputs[0]
+    if maker is None or maker.target is not ops.dequantize_chosen:
+        return False
+    values, scale, zero_point, low = maker.args
+    shift, axis = low + 128, len(x.shape) - 1
+    codes = rewriting.add(ops.quantize, (values, 1.0, -shift, *ops.CODES), node, x.shape, torch.int8)
+    sums = rewriting.add(ops.linear, (codes, factor.codes, 0, axis), node, out.shape, torch.int32)
+    broadcast = [1] * axis + [-1]
+    totals = rewriting.tensors[rewriting.weights[factor.codes.name]].to(torch.int32).sum(1).to(torch.float32)
+    stored = (
+        rewriting.store(factor.scale.reshape(broadcast), f"{factor.fqn}{_SCALE}"),
+        rewriting.store(totals.reshape(broadcast), f"{factor.fqn}.totals"),
+        _stored_bias(rewriting, bias, broadcast, factor.fqn),
+    )
+    rewriting.add(ops.rescale_chosen, (sums, scale, zero_point, *stored, shift), node, out.shape, out.dtype, out.name)
     return True
 
 

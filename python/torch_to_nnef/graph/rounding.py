@@ -77,6 +77,9 @@ class _Flipping(torch.fx.Interpreter):
             if isinstance(weight, QTensorInt8) and (q := weight.input_qparams) is not None:
                 codes = self._flipped(q.quantize(other), q.quant_min, q.quant_max)
                 args = tuple(q.dequantize(codes).to(other.dtype) if a is other else a for a in args)
+        if target is ops.dequantize_chosen:
+            codes, *rest, low = args
+            args = (self._flipped(codes, low, low + 255), *rest, low)
         result = super().call_function(target, args, dict(kwargs))
         if str(target).startswith("quantized_decomposed.quantize_per_tensor"):
             low, high = args[3], args[4]

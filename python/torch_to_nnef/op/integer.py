@@ -160,6 +160,32 @@ def rescale(e: Emitter, sums: Ref, scale: Ref, bias: Ref | None) -> Ref:
     return e.cast(value, e.out.dtype)
 
 
+@lowers(ops.dequantize_chosen)
+def dequantize_chosen(e: Emitter, codes: Ref, scale: Ref, zero_point: Ref, low: int) -> Ref:
+    """(codes - zero_point) * scale of codes held as floats."""
+    return e.op("mul", e.op("sub", codes, e.lift(zero_point, codes.rank)), e.lift(scale, codes.rank), out=codes.shape)
+
+
+@lowers(ops.rescale_chosen)
+def rescale_chosen(
+    e: Emitter,
+    sums: Ref,
+    scale: Ref,
+    zero_point: Ref,
+    weight_scale: Ref,
+    weight_sums: Ref,
+    bias: Ref | None,
+    shift: int,
+) -> Ref:
+    """(sums - (zero_point - shift) * weight_sums) * scale * weight_scale + bias; what is computed once is one row."""
+    scale, zero_point = (e.lift(e.cast(parameter, torch.float32), sums.rank) for parameter in (scale, zero_point))
+    shifted = e.op("sub", zero_point, float(shift)) if shift else zero_point
+    offset = e.op("mul", weight_sums, shifted, out=weight_sums.shape)
+    value = e.op("sub", e.cast(sums, torch.float32), offset, out=sums.shape)
+    value = e.op("mul", value, e.op("mul", weight_scale, scale, out=weight_scale.shape), out=sums.shape)
+    return e.cast(value if bias is None else e.op("add", value, bias, out=sums.shape), e.out.dtype)
+
+
 @lowers(ops.look_up)
 def look_up(e: Emitter, codes: Ref, table: Ref) -> Ref:
     """table[codes + 128]."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torch_to_nnef.graph.integer_ops import dequantize_chosen
 from torch_to_nnef.torch_internals import quantized_decomposed
 
 # Steps are not smaller than this.
@@ -24,10 +25,15 @@ def run_time(x: torch.Tensor, reduce_range: bool) -> torch.Tensor:
     zero_point = torch.round(-low / torch.where(step > 0, step, 1.0))
     scale = step.clamp(min=_SMALLEST_STEP)
     codes = torch.clamp(torch.round(x / scale) + zero_point, 0, largest)
-    return (codes - zero_point) * scale
+    return _values(codes, scale, zero_point, 0)
 
 
-# -- what PT2E writes; here codes stay floats, since tract knows 8-bit codes of one scale that is known at export.
+def _values(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, low: int) -> torch.Tensor:
+    values: torch.Tensor = dequantize_chosen(codes, scale, zero_point, low)
+    return values
+
+
+# -- what PT2E writes; here codes are held as floats until a product reads them.
 
 
 def _choose(x: torch.Tensor, low: int, high: int, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,8 +55,16 @@ def _quantize(
     return torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, low, high)
 
 
-def _dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, *_: Any) -> torch.Tensor:
-    return (codes - zero_point) * scale
+def _dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    low: int,
+    high: int,
+    dtype: torch.dtype,
+    **_: Any,
+) -> torch.Tensor:
+    return _values(codes, scale, zero_point, 0 if dtype == torch.uint8 else -128)
 
 
 RUN_TIME: Mapping[Any, Callable[..., Any]] = {
