@@ -320,6 +320,8 @@ def test_untouched_models_are_given_back():
     assert float_reference(model) is model
     traced = torch.fx.symbolic_trace(model)
     assert float_reference(traced) is traced
+    prepared = Functional()  # has stubs and FloatFunctional, but is not converted
+    assert float_reference(prepared) is prepared
 
 
 def test_observers_are_refused():

@@ -9,7 +9,10 @@ from torch import fx, nn
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 
-__all__ = ["float_reference"]
+__all__ = ["CONVERTED", "float_reference"]
+
+CONVERTED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
+"""Where torch has the classes of converted modules."""
 
 
 def float_reference(model: nn.Module) -> nn.Module:
@@ -36,4 +39,5 @@ def float_reference(model: nn.Module) -> nn.Module:
 def _may_be_converted(module: nn.Module) -> bool:
     if isinstance(module, fx.GraphModule):
         return any(node.op == "call_function" and "quantize" in str(node.target) for node in module.graph.nodes)
-    return type(module).__module__.startswith("torch.ao.nn.")
+    cls = type(module)
+    return cls.__module__.startswith(CONVERTED) and not cls.__name__.endswith("FloatFunctional")

@@ -17,14 +17,13 @@ from torch import fx, nn
 from torch.nn import functional
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
-from torch_to_nnef.graph.quantized import graphs
+from torch_to_nnef.graph.quantized import CONVERTED, graphs
 from torch_to_nnef.graph.quantized.values import Quantized, quantize_per_tensor
 from torch_to_nnef.graph.quantized.weights import Weight, as_int8, product_of
 from torch_to_nnef.tensor.quant import as_half
 from torch_to_nnef.torch_internals import pytree
 
 _WINDOW = ("stride", "padding", "dilation", "groups")
-_CONVERTED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -32,7 +31,7 @@ def copied(model: nn.Module) -> nn.Module:
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
         cls = type(module)
-        if id(module) not in shared and cls.__module__.startswith(_CONVERTED) and cls not in _AS_THEY_ARE:
+        if id(module) not in shared and cls.__module__.startswith(CONVERTED) and cls not in _AS_THEY_ARE:
             if cls not in STAND_INS:
                 raise _refused(path, module)
             shared[id(module)] = _named(STAND_INS[cls](module), cls)
