@@ -41,8 +41,9 @@ def options(checkpoint, folder, **given):
     return LlmOptions(export_dirpath=folder, local_dir=checkpoint, **given)
 
 
-def test_a_text_becomes_windows_and_weights_are_judged_by_what_they_give(checkpoint, text, tmp_path):
-    given = {"compression_method": "q40_gptq", "calibration_text": text, "calibration_tokens": 96}
+@pytest.mark.parametrize("method", ["q40_gptq", "int8_smooth"])
+def test_a_text_becomes_windows_and_weights_are_judged_by_what_they_give(method, checkpoint, text, tmp_path):
+    given = {"compression_method": method, "calibration_text": text, "calibration_tokens": 96}
     report = export_llm(options(checkpoint, tmp_path / "out", **given))
     assert report.ok
     packed = [row for row in report.rows if row.quantized]
