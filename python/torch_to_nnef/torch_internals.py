@@ -28,10 +28,12 @@ __all__ = [
     "inline_calls",
     "is_composite",
     "no_torch_function",
+    "operator_name",
     "parse_schema",
     "pytree",
     "quantized_decomposed",
     "recurrent_functions",
+    "script_class",
     "since",
     "without_torch_function",
 ]
@@ -66,6 +68,19 @@ def since(version: str, *names: str) -> list[OpOverload]:
         return []
     packets = ((getattr(torch.ops.aten, name), overload) for name, _, overload in (n.partition(".") for n in names))
     return [getattr(packet, overload) for packet, overload in packets]
+
+
+def operator_name(target: Any) -> str:
+    """`namespace::name` of an operator, given with or without its overload; empty for any other function."""
+    if isinstance(target, OpOverload):
+        return target._schema.name
+    return target._qualified_op_name if isinstance(target, OpOverloadPacket) else ""
+
+
+def script_class(held: torch.ScriptObject) -> str:
+    """Name of the C++ class of an object."""
+    name: str = held._type().name()  # type: ignore[attr-defined]
+    return name
 
 
 def is_composite(op: OpOverload) -> bool:

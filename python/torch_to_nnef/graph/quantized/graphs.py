@@ -19,7 +19,7 @@ from torch_to_nnef.graph.quantized.dynamic import RUN_TIME
 from torch_to_nnef.graph.quantized.values import quantize_per_tensor
 from torch_to_nnef.graph.quantized.weights import Weight, as_int8, product_of
 from torch_to_nnef.tensor.quant.int8 import RANGES, QTensorInt8
-from torch_to_nnef.torch_internals import quantized_decomposed
+from torch_to_nnef.torch_internals import operator_name, quantized_decomposed, script_class
 
 _quantized = torch.ops.quantized
 _QUANTIZE = (torch.quantize_per_tensor, torch.quantize_per_channel)
@@ -42,7 +42,7 @@ def packed_weights(module: fx.GraphModule) -> dict[int, Weight]:
     for node in module.graph.nodes:
         held = _attribute(module, node)
         if isinstance(held, torch.ScriptObject):
-            kind = held._type().name()  # type: ignore[attr-defined]
+            kind = script_class(held)
             user = next((_operator(user) for user in node.users), "")
             make = _PACKED.get((kind, user.startswith("conv1d")))
             if make is None:
@@ -142,8 +142,8 @@ def _dequantized(module: fx.GraphModule, node: fx.Node) -> QTensorInt8:
 
 def _operator(node: fx.Node) -> str:
     """Name of an operator of `torch.ops.quantized`; empty if it is something else."""
-    name = getattr(node.target, "_qualified_op_name", "") or getattr(node.target, "name", str)()
-    return str(name).removeprefix("quantized::") if str(name).startswith("quantized::") else ""
+    name = operator_name(node.target)
+    return name.removeprefix("quantized::") if name.startswith("quantized::") else ""
 
 
 def _attribute(module: fx.GraphModule, node: Any, default: Any = None) -> Any:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized.dynamic import run_time
 from torch_to_nnef.tensor.quant.int8 import RANGES, QParams
-from torch_to_nnef.torch_internals import pytree, quantized_decomposed
+from torch_to_nnef.torch_internals import operator_name, pytree, quantized_decomposed
 
 CODES = {torch.quint8: torch.uint8, torch.qint8: torch.int8}
 """Dtype of a quantized tensor -> dtype of its codes."""
@@ -110,7 +110,7 @@ def quantize_per_tensor(x: torch.Tensor, scale: Any, zero_point: Any, dtype: tor
 
 def call(func: Any, *args: Any, **kwargs: Any) -> Any:
     """`func`, a function, method or operator of torch, with a `Quantized` or a packed weight among its arguments."""
-    name = func._qualified_op_name.replace("::", ".") if hasattr(func, "_qualified_op_name") else func.__name__
+    name = operator_name(func) or func.__name__
     base = name.removesuffix("_")
     if name in OPERATORS:
         return OPERATORS[name](*args, **kwargs)
@@ -330,48 +330,48 @@ def _either(scalar: Callable[..., Quantized], pair: Callable[..., Quantized]) ->
 _AFTER: Mapping[str, Callable[..., torch.Tensor]] = {"": _as_is, "_relu": functional.relu}
 OPERATORS: Mapping[str, Callable[..., Any]] = {
     **{
-        f"quantized.{name}{suffix}": partial(_weighted, after)
+        f"quantized::{name}{suffix}": partial(_weighted, after)
         for name in ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
         for suffix, after in _AFTER.items()
     },
-    **{f"quantized.conv2d_add{suffix}": partial(_conv_add, after) for suffix, after in _AFTER.items()},
-    **{f"quantized.cat{suffix}": partial(_cat, after) for suffix, after in _AFTER.items()},
+    **{f"quantized::conv2d_add{suffix}": partial(_conv_add, after) for suffix, after in _AFTER.items()},
+    **{f"quantized::cat{suffix}": partial(_cat, after) for suffix, after in _AFTER.items()},
     **{
-        f"quantized.{name}{suffix}": partial(_batch_norm, after)
+        f"quantized::{name}{suffix}": partial(_batch_norm, after)
         for name in ("batch_norm", "batch_norm1d", "batch_norm2d", "batch_norm3d")
         for suffix, after in _AFTER.items()
     },
     **{
-        f"quantized.{name}{suffix}": _either(partial(scalar, after), partial(_pair, function, after))
+        f"quantized::{name}{suffix}": _either(partial(scalar, after), partial(_pair, function, after))
         for name, scalar, function in (("add", _add_scalar, torch.add), ("mul", _mul_scalar, torch.mul))
         for suffix, after in _AFTER.items()
     },
     **{
-        f"quantized.{name}{suffix}": partial(scalar, after)
+        f"quantized::{name}{suffix}": partial(scalar, after)
         for name, scalar in (("add_scalar", _add_scalar), ("mul_scalar", _mul_scalar))
         for suffix, after in _AFTER.items()
     },
-    "quantized.linear_leaky_relu": partial(_weighted, functional.leaky_relu),
-    "quantized.linear_tanh": partial(_weighted, torch.tanh),
-    "quantized.matmul": partial(_pair, torch.matmul, _as_is),
-    "quantized.hardswish": partial(_unary, functional.hardswish),
-    "quantized.sigmoid": partial(_unary, torch.sigmoid),
-    "quantized.celu": partial(_unary, functional.celu),
-    "quantized.dropout": partial(_unary, lambda x, *_: x),
-    "quantized.elu": _elu,
-    "quantized.leaky_relu": _leaky_relu,
-    "quantized.prelu": _prelu,
-    "quantized.relu6": lambda x, inplace=False: onto(functional.relu6(x.value), x.qparams),
-    "quantized.clamp": lambda x, low=None, high=None: onto(torch.clamp(x.value, low, high), x.qparams),
-    "quantized.softmax": _softmax,
-    "quantized.layer_norm": _layer_norm,
-    "quantized.group_norm": _group_norm,
-    "quantized.instance_norm": _instance_norm,
-    "quantized.linear_dynamic": lambda x, weight, reduce_range=False: weight.product(run_time(x, reduce_range)),
-    "quantized.linear_relu_dynamic": lambda x, weight, reduce_range=False: functional.relu(
+    "quantized::linear_leaky_relu": partial(_weighted, functional.leaky_relu),
+    "quantized::linear_tanh": partial(_weighted, torch.tanh),
+    "quantized::matmul": partial(_pair, torch.matmul, _as_is),
+    "quantized::hardswish": partial(_unary, functional.hardswish),
+    "quantized::sigmoid": partial(_unary, torch.sigmoid),
+    "quantized::celu": partial(_unary, functional.celu),
+    "quantized::dropout": partial(_unary, lambda x, *_: x),
+    "quantized::elu": _elu,
+    "quantized::leaky_relu": _leaky_relu,
+    "quantized::prelu": _prelu,
+    "quantized::relu6": lambda x, inplace=False: onto(functional.relu6(x.value), x.qparams),
+    "quantized::clamp": lambda x, low=None, high=None: onto(torch.clamp(x.value, low, high), x.qparams),
+    "quantized::softmax": _softmax,
+    "quantized::layer_norm": _layer_norm,
+    "quantized::group_norm": _group_norm,
+    "quantized::instance_norm": _instance_norm,
+    "quantized::linear_dynamic": lambda x, weight, reduce_range=False: weight.product(run_time(x, reduce_range)),
+    "quantized::linear_relu_dynamic": lambda x, weight, reduce_range=False: functional.relu(
         weight.product(run_time(x, reduce_range))
     ),
-    "quantized.linear_dynamic_fp16": lambda x, weight: weight.product(x),
-    "quantized.linear_relu_dynamic_fp16": lambda x, weight: functional.relu(weight.product(x)),
+    "quantized::linear_dynamic_fp16": lambda x, weight: weight.product(x),
+    "quantized::linear_relu_dynamic_fp16": lambda x, weight: functional.relu(weight.product(x)),
     "dequantize": lambda x: x.value,
 }
