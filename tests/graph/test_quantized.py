@@ -382,6 +382,15 @@ def test_refused_by_name(make, path, cls):
         float_reference(make())
 
 
+def test_other_codes_are_refused():
+    bags = Bags()
+    bags.bag.qconfig = tq.float_qparams_weight_only_qconfig_4bit
+    with pytest.raises(T2NErrorNotImplemented, match=r"module `bag`: weights in torch\.quint4x2"):
+        float_reference(tq.convert(tq.prepare(bags)))
+    with pytest.raises(T2NErrorNotImplemented, match=r"module `0`: activations in torch\.qint32"):
+        float_reference(nn.Sequential(nnq.Quantize(0.1, 0, torch.qint32)))
+
+
 def test_unknown_functions_are_refused():
     class Unknown(nn.Module):
         def __init__(self):

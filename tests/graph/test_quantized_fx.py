@@ -97,3 +97,15 @@ def test_what_onednn_joins(engine):
     found = {type(module) for module in model.modules()}
     assert {nniq.ConvAdd2d, nniq.ConvAddReLU2d, nniq.LinearLeakyReLU, nniq.LinearTanh} <= found
     assert_reference(model, x)
+
+
+@pytest.mark.parametrize("engine", ["qnnpack"], indirect=True)
+@pytest.mark.parametrize("convert", [convert_fx, convert_to_reference_fx])
+@pytest.mark.parametrize(("cls", "shape"), [(nn.ConvTranspose1d, (2, 4, 9)), (nn.ConvTranspose2d, (2, 4, 9, 9))])
+def test_transposed_convolutions(engine, convert, cls, shape):
+    torch.manual_seed(0)
+    x = noise(*shape, seed=9)
+    model = nn.Sequential(cls(4, 6, 3, stride=2, padding=1, output_padding=1)).eval()
+    prepared = prepare_fx(model, tq.get_default_qconfig_mapping(engine), (x,))
+    prepared(x)
+    assert_reference(convert(prepared), x)

@@ -18,12 +18,13 @@ from torch.nn import functional
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized import CONVERTED, graphs
-from torch_to_nnef.graph.quantized.values import Quantized, quantize_per_tensor
+from torch_to_nnef.graph.quantized.values import Quantized, onto, per_tensor
 from torch_to_nnef.graph.quantized.weights import Weight, as_int8, product_of
 from torch_to_nnef.tensor.quant import as_half
 from torch_to_nnef.torch_internals import pytree
 
 _WINDOW = ("stride", "padding", "dilation", "groups")
+_TRANSPOSED_WINDOW = (*_WINDOW, "output_padding")
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -34,7 +35,10 @@ def copied(model: nn.Module) -> nn.Module:
         if id(module) not in shared and cls.__module__.startswith(CONVERTED) and cls not in _AS_THEY_ARE:
             if cls not in STAND_INS:
                 raise _refused(path, module)
-            shared[id(module)] = _named(STAND_INS[cls](module), cls)
+            try:
+                shared[id(module)] = _named(STAND_INS[cls](module), cls)
+            except T2NErrorNotImplemented as error:
+                raise T2NErrorNotImplemented(f"module `{path}`: {error}") from None
             shared.update((id(part), part) for part in module.modules() if part is not module)
         if isinstance(module, fx.GraphModule):
             shared.update(graphs.packed_weights(module))
@@ -57,11 +61,11 @@ class Quantize(nn.Module):
 
     def __init__(self, source: Any) -> None:
         super().__init__()
-        self.arguments = float(source.scale), int(source.zero_point), source.dtype
+        self.qparams = per_tensor(source.scale, source.zero_point, source.dtype)
 
     def forward(self, x: torch.Tensor) -> Quantized:
         """Round to codes."""
-        return quantize_per_tensor(x, *self.arguments)
+        return onto(x, self.qparams)
 
 
 class Bag(nn.Module):
@@ -124,11 +128,9 @@ def _conv(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any
 
 
 def _transposed(operator: str, function: Callable[..., torch.Tensor]) -> Callable[[Any], Weight]:
-    names = ("stride", "padding", "output_padding", "groups", "dilation")
-
     def made(source: Any) -> Weight:
         weight, bias = source._weight_bias()
-        product = product_of(function, **{name: getattr(source, name) for name in names})
+        product = product_of(function, **{name: getattr(source, name) for name in _TRANSPOSED_WINDOW})
         return Weight(as_int8(weight), bias, product, operator, (source.scale, source.zero_point))
 
     return made
@@ -203,6 +205,9 @@ STAND_INS: Mapping[type, Callable[[Any], nn.Module]] = {
     nnqr.Conv1d: _reference(functional.conv1d, *_WINDOW),
     nnqr.Conv2d: _reference(functional.conv2d, *_WINDOW),
     nnqr.Conv3d: _reference(functional.conv3d, *_WINDOW),
+    nnqr.ConvTranspose1d: _reference(functional.conv_transpose1d, *_TRANSPOSED_WINDOW),
+    nnqr.ConvTranspose2d: _reference(functional.conv_transpose2d, *_TRANSPOSED_WINDOW),
+    nnqr.ConvTranspose3d: _reference(functional.conv_transpose3d, *_TRANSPOSED_WINDOW),
 }
 # Their own code does, given `Quantized` values.
 _AS_THEY_ARE = (

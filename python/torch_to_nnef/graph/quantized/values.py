@@ -48,7 +48,7 @@ class Quantized:
 
     def __getattr__(self, name: str) -> Any:
         if name in _FACTS:
-            return getattr(self.value, name)
+            return getattr(self.codes, name)
         method = getattr(torch.Tensor, name)
         if callable(method):
             return partial(call, method, self)
@@ -58,7 +58,7 @@ class Quantized:
         return onto(self.value[index], self.qparams)
 
     def __len__(self) -> int:
-        return len(self.value)
+        return len(self.codes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,7 +115,7 @@ def call(func: Any, *args: Any, **kwargs: Any) -> Any:
     if name in OPERATORS:
         return OPERATORS[name](*args, **kwargs)
     if name in _FACTS:
-        return func(args[0].value, *args[1:], **kwargs)
+        return func(args[0].codes, *args[1:], **kwargs)
     if base not in _SAME and base not in _FIXED and base not in _AVERAGES:
         raise T2NErrorNotImplemented(
             f"`{name}` of a quantized tensor has no reference form: put a DeQuantStub before it (and a QuantStub behind), "
@@ -143,49 +143,24 @@ def _out_of_place(func: Any, base: str) -> Any:
     return next(getattr(home, base) for home in (torch, functional) if hasattr(home, base))
 
 
-# Answered by the float tensor.
-_FACTS = frozenset(("device", "dim", "is_contiguous", "ndim", "ndimension", "numel", "shape", "size", "stride"))
+# Answered by the codes.
+_FACTS = frozenset("device dim is_contiguous ndim ndimension numel shape size stride".split())
 # Means of codes often lie in the middle between two codes. In integers they are rounded as torch rounds them where channels are last in
 # memory, as quantized convolutions leave them; for other layouts torch adds the zero point before it rounds half to even.
 _AVERAGES = frozenset(
-    (
-        *(f"{kind}_pool{axes}d" for kind in ("avg", "adaptive_avg") for axes in (1, 2, 3)),
-        *("interpolate", "upsample"),
-    )
+    """
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d interpolate upsample
+    """.split()
 )
 # Results keep the scale and zero point of the (first) input. What selects or compares values, or moves them, changes no code; what
 # bends them is rounded.
 _SAME = frozenset(
-    (
-        *("cat", "channel_shuffle", "chunk", "clamp", "clip", "clone", "concat", "contiguous", "detach", "dropout"),
-        *("expand", "expand_as", "flatten", "flip", "gelu", "hardtanh", "index_select", "leaky_relu"),
-        *("masked_fill", "max_pool1d", "max_pool2d", "max_pool3d", "mean", "movedim", "narrow", "pad", "permute"),
-        *(
-            "pixel_shuffle",
-            "pixel_unshuffle",
-            "relu",
-            "relu6",
-            "repeat",
-            "reshape",
-            "select",
-            "split",
-            "squeeze",
-            "stack",
-        ),
-        *(
-            "swapaxes",
-            "t",
-            "threshold",
-            "to",
-            "transpose",
-            "unbind",
-            "unflatten",
-            "unfold",
-            "unsqueeze",
-            "upsample",
-            "view",
-        ),
-    )
+    """
+    cat channel_shuffle chunk clamp clip clone concat contiguous detach dropout expand expand_as flatten flip gelu hardtanh
+    index_select leaky_relu masked_fill max_pool1d max_pool2d max_pool3d mean movedim narrow pad permute pixel_shuffle
+    pixel_unshuffle relu relu6 repeat reshape select split squeeze stack swapaxes t to transpose unbind unflatten unfold
+    unsqueeze view
+    """.split()
 )
 # Results have a scale and zero point of their own: from aten/src/ATen/native/quantized/cpu/{qsigmoid,qhardsigmoid,qtanh}.cpp.
 _FIXED: Mapping[str, Callable[[QParams], QParams]] = {
