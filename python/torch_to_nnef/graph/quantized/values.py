@@ -144,24 +144,22 @@ def _out_of_place(func: Any, base: str) -> Any:
 
 
 # Answered by the codes.
-_FACTS = frozenset("device dim is_contiguous ndim ndimension numel shape size stride".split())
+_FACTS = frozenset(("device", "dim", "is_contiguous", "ndim", "ndimension", "numel", "shape", "size", "stride"))
 # Means of codes often lie in the middle between two codes. In integers they are rounded as torch rounds them where channels are last in
 # memory, as quantized convolutions leave them; for other layouts torch adds the zero point before it rounds half to even.
-_AVERAGES = frozenset(
-    """
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d interpolate upsample
-    """.split()
-)
+_AVERAGES = frozenset((
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "interpolate", "upsample",
+))  # fmt: skip
 # Results keep the scale and zero point of the (first) input. What selects or compares values, or moves them, changes no code; what
 # bends them is rounded.
-_SAME = frozenset(
-    """
-    cat channel_shuffle chunk clamp clip clone concat contiguous detach dropout expand expand_as flatten flip gelu hardtanh
-    index_select leaky_relu masked_fill max_pool1d max_pool2d max_pool3d mean movedim narrow pad permute pixel_shuffle
-    pixel_unshuffle relu relu6 repeat reshape select split squeeze stack swapaxes t to transpose unbind unflatten unfold
-    unsqueeze view
-    """.split()
-)
+_SAME = frozenset((
+    "cat", "channel_shuffle", "chunk", "clamp", "clip", "clone", "concat", "contiguous", "detach", "dropout",
+    "expand", "expand_as", "flatten", "flip", "gelu", "hardtanh", "index_select", "leaky_relu", "masked_fill",
+    "max_pool1d", "max_pool2d", "max_pool3d", "mean", "movedim", "narrow", "pad", "permute", "pixel_shuffle",
+    "pixel_unshuffle", "relu", "relu6", "repeat", "reshape", "select", "split", "squeeze", "stack", "swapaxes", "t",
+    "to", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view",
+))  # fmt: skip
 # Results have a scale and zero point of their own: from aten/src/ATen/native/quantized/cpu/{qsigmoid,qhardsigmoid,qtanh}.cpp.
 _FIXED: Mapping[str, Callable[[QParams], QParams]] = {
     "hardsigmoid": lambda q: _like(q, 1 / 256, q.quant_min),
