@@ -193,7 +193,7 @@ def _repeated(e: Emitter, parameter: Ref, sums: Ref) -> Ref:
     tract 0.23.9 computes with one that repeats only along the last axes 20 times as fast as with one that repeats along the first too.
     A broadcast, or a tile, it would move behind the product; it does not look through a gather.
     """
-    batch, *_, last = sums.shape
+    batch, last = sums.shape[0], sums.shape[-1]
     if sums.rank < 3 or parameter.shape[1] == 1 or batch == 1 or not isinstance(last, int):
         return parameter
     positions = e.arange(0, 1, batch, torch.int64)
