@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torch_to_nnef.torch_internals import OpOverload
+
 CODES = (-128, 127)
 
 
-def _define(signature: str, compute: Callable[..., Tensor]) -> torch._ops.OpOverload:
+def _define(signature: str, compute: Callable[..., Tensor]) -> OpOverload:
     name = signature.split("(")[0]
     torch.library.define(f"t2n::{name}", signature.removeprefix(name), tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"t2n::{name}", "CompositeExplicitAutograd", compute)
-    overload: torch._ops.OpOverload = getattr(torch.ops.t2n, name).default
+    overload: OpOverload = getattr(torch.ops.t2n, name).default
     return overload
 
 
