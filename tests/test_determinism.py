@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from golden import MODELS, VERSIONS, digests
 
 HERE = Path(__file__).parent
@@ -22,15 +23,12 @@ def elsewhere(folder, threads, seed, umask, repeats):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def test_the_hashes_are_those_committed():
-    if VERSIONS != GOLDEN["versions"]:
-        pytest.skip(f"captures differ between versions; these are of {GOLDEN['versions']}, here is {VERSIONS}")
-    assert digests() == GOLDEN["sha256"]
-
-
 def test_another_process_makes_the_same_bytes(tmp_path):
     (found,) = elsewhere(tmp_path, 3, 12345, 0o077, 1)
-    assert found == (GOLDEN["sha256"] if VERSIONS == GOLDEN["versions"] else digests())
+    assert found.items() >= digests(("mlp in a tar", "q40", "int8")).items()
+    if GOLDEN["versions"] != VERSIONS:
+        pytest.skip(f"captures differ between versions; the committed hashes are of {GOLDEN['versions']}")
+    assert found == GOLDEN["sha256"]
 
 
 @pytest.mark.slow
