@@ -13,7 +13,7 @@
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 mod payload;
 
@@ -264,11 +264,16 @@ pub fn open(path: &Path) -> Result<(Header, File)> {
     Ok((header, file))
 }
 
-/// Header and payload of a `.dat`.
-pub fn read(path: &Path) -> Result<(Header, Vec<u8>)> {
+/// Header and payload of a `.dat`. Stops when `stop` turns true.
+pub fn read(path: &Path, stop: &AtomicBool) -> Result<(Header, Vec<u8>)> {
     let (header, mut file) = open(path)?;
     let mut payload = vec![0; header.payload_len as usize];
-    file.read_exact(&mut payload).map_err(Error::io(path))?;
+    for chunk in payload.chunks_mut(COPY_LEN) {
+        if stop.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        file.read_exact(chunk).map_err(Error::io(path))?;
+    }
     Ok((header, payload))
 }
 

@@ -5,6 +5,7 @@ pub mod archive;
 pub mod dat;
 pub mod error;
 pub mod fsio;
+mod pool;
 pub mod preflight;
 #[cfg(feature = "python")]
 mod python;

@@ -18,12 +18,13 @@ use std::sync::{Arc, OnceLock};
 
 use rayon::ThreadPoolBuilder;
 use tract_core::model::TRACT_NAME;
+use tract_core::plan::eval;
 use tract_core::runtime::RunOptions;
-use tract_linalg::multithread::Executor;
+use tract_linalg::multithread::{Executor, multithread_tract_scope};
 use tract_nnef::ast::{LValue, ProtoModel};
 use tract_nnef::internal::{
     DatumType, DimLike, Framework, Identifier, IntoTValue, Nnef, OutletId, SymbolValues, TDim, TValue, TVec, Tensor,
-    TractErrorContext, TractResult, TypedFact, TypedModel, TypedSimplePlan, ensure,
+    TractErrorContext, TractResult, TypedFact, TypedModel, TypedSimplePlan, bail, ensure,
 };
 use tract_transformers::WithTractTransformers;
 
@@ -167,6 +168,8 @@ pub struct Model {
     outputs: Vec<Fact>,
     properties: Vec<(String, Property)>,
     weight_bytes: usize,
+    /// Whose threads the plan uses: a fork leaves them behind.
+    process: u32,
 }
 
 impl Model {
@@ -226,7 +229,7 @@ impl Model {
             model.inputs.iter().map(|i| fact(model.node(i.node).name.clone(), i)).collect::<TractResult<_>>()?;
         let outputs = results.into_iter().zip(&model.outputs).map(|(n, o)| fact(n, o)).collect::<TractResult<_>>()?;
         let weight_bytes = Weights::of(model);
-        Ok(Self { plan, inputs, outputs, properties, weight_bytes })
+        Ok(Self { plan, inputs, outputs, properties, weight_bytes, process: std::process::id() })
     }
 
     /// Inputs, in the order [`Self::run`] takes them.
@@ -251,11 +254,16 @@ impl Model {
 
     /// One run, without state from earlier ones.
     pub fn run(&self, inputs: &[Input<'_>]) -> Result<Vec<Array>> {
-        self.run_with(&vec![None; self.inputs.len()], inputs)
+        self.run_until(&|| false, inputs)
+    }
+
+    /// [`Self::run`] that asks `stop` before each operator, and ends with [`Error::Interrupted`] if it says so.
+    pub fn run_until(&self, stop: &dyn Fn() -> bool, inputs: &[Input<'_>]) -> Result<Vec<Array>> {
+        self.run_with(&vec![None; self.inputs.len()], stop, inputs)
     }
 
     /// One run in which an input has its value of `carried`, one an input, or else the next of `inputs`.
-    fn run_with(&self, carried: &[Option<Array>], inputs: &[Input<'_>]) -> Result<Vec<Array>> {
+    fn run_with(&self, carried: &[Option<Array>], stop: &dyn Fn() -> bool, inputs: &[Input<'_>]) -> Result<Vec<Array>> {
         let free = self.inputs.iter().zip(carried).filter(|(_, value)| value.is_none());
         let names: Vec<_> = free.map(|(fact, _)| fact.name.as_str()).collect();
         if inputs.len() != names.len() {
@@ -266,14 +274,27 @@ impl Model {
         let values = carried.iter().map(|value| value.as_ref().map(Array::as_input).or_else(|| rest.next()));
         let given: Vec<_> = values.enumerate().filter_map(|(at, input)| Some((at, input?))).collect();
         let symbols = inputs::check(self.plan.model(), &self.inputs, &given)?;
-        guarded(&"running the model", &AtomicBool::new(false), || {
+        let stopped = AtomicBool::new(false);
+        let forked = self.process != std::process::id();
+        let outcome = guarded(&"running the model", &stopped, || {
             let tensor = |(at, input): &(usize, Input<'_>)| match &carried[*at] {
                 Some(value) => Ok(value.value.clone()),
                 None => Ok(self.array(*at, input)?.value),
             };
             let tensors = given.iter().map(tensor).collect::<TractResult<TVec<_>>>()?;
-            self.plan.run(tensors)?.into_iter().map(|value| Array::new(value, &symbols)).collect()
-        })
+            let outputs = self.plan.spawn()?.run_plan_with_eval(tensors, |context, state, node, inputs| {
+                if stop() {
+                    stopped.store(true, Ordering::Relaxed);
+                    bail!("stopped");
+                }
+                if forked {
+                    return multithread_tract_scope(Executor::SingleThread, || eval(context, state, node, inputs));
+                }
+                eval(context, state, node, inputs)
+            })?;
+            outputs.into_iter().map(|value| Array::new(value, &symbols)).collect()
+        });
+        if stopped.into_inner() { Err(Error::Interrupted) } else { outcome }
     }
 
     /// The value of the input at `at`, which `inputs::check` admitted.

@@ -30,8 +30,9 @@ fn groups(count: usize) -> Vec<f32> {
 fn blocks(x: &[f32], encoder: Encoder) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     let (mut codes, mut scales) = (vec![0; x.len() / 2], vec![0; x.len() / 16]);
     let mut blocks = vec![0; x.len() / 32 * 18];
-    quantize(bytemuck::cast_slice(x), FloatType::F32, encoder, "w", &mut codes, &mut scales, &AtomicBool::new(false))?;
-    join(&codes, &scales, &mut blocks)?;
+    let stop = AtomicBool::new(false);
+    quantize(bytemuck::cast_slice(x), FloatType::F32, encoder, "w", &mut codes, &mut scales, &stop)?;
+    join(&codes, &scales, &mut blocks, &stop)?;
     Ok(blocks)
 }
 
@@ -52,7 +53,7 @@ fn tract_decodes_what_we_decode() -> Outcome {
     for encoder in [Encoder::SignedExtreme, Encoder::ScaleSearch] {
         let blocks = blocks(&x, encoder)?;
         let (mut codes, mut scales) = (vec![0; x.len() / 2], vec![0; x.len() / 16]);
-        _native::q40::split(&blocks, &mut codes, &mut scales)?;
+        _native::q40::split(&blocks, &mut codes, &mut scales, &AtomicBool::new(false))?;
         let mut ours = vec![0; x.len() * 4];
         dequantize(&codes, &scales, FloatType::F32, &mut ours, &AtomicBool::new(false))?;
         let theirs = Q4_0.dequant_f32(&blocks)?;

@@ -39,11 +39,13 @@ from torch_to_nnef.report import Report, Totals
 from torch_to_nnef.tensor.quant import QTensor
 from torch_to_nnef.tensor.updater import ModTensorUpdater
 from torch_to_nnef.tract_model import TractModel
+from torch_to_nnef.turns import one_at_a_time
 from torch_to_nnef.verify import Comparison, compare_models
 from torch_to_nnef.verify.compare import as_array
 from torch_to_nnef.verify.metrics import Form, Metrics, fitting, kind_of, measure
 
 
+@one_at_a_time
 def quantize_and_verify(
     model: nn.Module,
     args: Args,
@@ -161,6 +163,7 @@ def quantize_and_verify(
     )
 
 
+@one_at_a_time
 def sensitivity(
     model: nn.Module,
     calibration: Calibration | Iterable[Any] | Path,

@@ -40,6 +40,7 @@ from torch_to_nnef.op.extensions import load_modules
 from torch_to_nnef.op.registry import table
 from torch_to_nnef.tensor.offload import scratch_in
 from torch_to_nnef.torch_internals import OpOverload, pytree
+from torch_to_nnef.turns import one_at_a_time
 from torch_to_nnef.verify import (
     Candidate,
     Comparison,
@@ -52,6 +53,7 @@ from torch_to_nnef.verify import (
 from torch_to_nnef.verify.bundle import write_bundle
 
 
+@one_at_a_time
 def export_model_to_nnef(
     model: nn.Module,
     args: Args,

@@ -79,7 +79,8 @@ impl<'a> Q40Planes<'a> {
         let (scales, more_scales) = self.scales.split_at(groups * SCALE_BYTES);
         (self.codes, self.scales, self.taken) = (more_codes, more_scales, 0);
         self.blocks.resize(groups * BLOCK_BYTES, 0);
-        q40::join(codes, scales, &mut self.blocks)
+        // Whoever reads looks at whether to stop between chunks.
+        q40::join(codes, scales, &mut self.blocks, &AtomicBool::new(false))
     }
 }
 

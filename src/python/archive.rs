@@ -8,7 +8,7 @@ use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::boundary::{native, native_short};
+use super::boundary::{native, native_owned, native_short};
 use super::q40::{Bytes, input};
 use crate::archive::{self, Form};
 use crate::dat::{self, DatType, Header, Q40Planes};
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 
 #[pyfunction]
 pub fn read_dat(py: Python<'_>, path: PathBuf) -> PyResult<(&'static str, Vec<usize>, Bytes<'_>)> {
-    let (header, payload) = native(py, |_| dat::read(&path))?;
+    let (header, payload) = native_owned(py, move |stop| dat::read(&path, stop))?;
     Ok((header.dtype().name(), header.shape(), PyArray1::from_vec(py, payload)))
 }
 
@@ -50,12 +50,12 @@ pub fn check_dats(py: Python<'_>, tensors: Vec<(String, String, Vec<usize>)>) ->
 
 #[pyfunction]
 pub fn archive_entries(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, u64)>> {
-    native(py, |stop| archive::entries(&path, stop))
+    native_owned(py, move |stop| archive::entries(&path, stop))
 }
 
 #[pyfunction]
-pub fn archive_read<'py>(py: Python<'py>, path: PathBuf, name: &str, max_bytes: u64) -> PyResult<Bound<'py, PyBytes>> {
-    let content = native(py, |stop| archive::read(&path, name, max_bytes, stop))?;
+pub fn archive_read(py: Python<'_>, path: PathBuf, name: String, max_bytes: u64) -> PyResult<Bound<'_, PyBytes>> {
+    let content = native_owned(py, move |stop| archive::read(&path, &name, max_bytes, stop))?;
     Ok(PyBytes::new(py, &content))
 }
 

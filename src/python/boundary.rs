@@ -1,11 +1,12 @@
 //! Every native call that takes time goes through here: GIL released, panics caught, Ctrl-C heard, errors typed.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Once};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use pyo3::types::PyType;
@@ -13,7 +14,9 @@ use pyo3::types::PyType;
 use crate::error::{Error, Result};
 
 /// How often Ctrl-C is looked for while native work runs.
-const SIGNAL_POLL: Duration = Duration::from_millis(50);
+const SIGNAL_POLL: Duration = Duration::from_millis(20);
+/// How long work that can be left behind may take to stop.
+const PATIENCE: Duration = Duration::from_millis(60);
 /// tract's parser recurses; preflight bounds the depth to what this stack holds. Untouched pages cost nothing.
 const WORKER_STACK: usize = 64 << 20;
 
@@ -24,37 +27,99 @@ thread_local! {
 
 /// Runs `work` on a worker thread, polling Python's signals meanwhile. `work` gets a flag that turns true on Ctrl-C;
 /// it should look at it at least every 100 ms, clean up and return [`Error::Interrupted`].
-#[expect(clippy::redundant_closure_for_method_calls, reason = "the bare method is not general over lifetimes")]
 pub fn native<T: Send>(py: Python<'_>, work: impl FnOnce(&AtomicBool) -> Result<T> + Send) -> PyResult<T> {
     let stop = AtomicBool::new(false);
     let (outcome, signal) = py.detach(|| {
         std::thread::scope(|scope| {
             let (done, finished) = channel();
             let stop_flag = &stop;
-            let body = move || {
-                let outcome = guard(|| work(stop_flag));
-                // The receiver outlives the worker; a failed send could only lose a wake-up.
-                let _ = done.send(());
-                outcome
-            };
-            let worker = match std::thread::Builder::new().stack_size(WORKER_STACK).spawn_scoped(scope, body) {
-                Ok(worker) => worker,
-                Err(e) => return (Err(Error::InvalidArgument(format!("cannot start a thread: {e}"))), None),
-            };
-            let mut signal = None;
-            while let Err(RecvTimeoutError::Timeout) = finished.recv_timeout(SIGNAL_POLL) {
+            // The receiver outlives the worker, so that this arrives.
+            let body = move || drop(done.send(guard(|| work(stop_flag))));
+            match worker().spawn_scoped(scope, body) {
+                Ok(_) => wait(&finished, &stop, None),
+                Err(e) => (Err(no_thread(&e)), None),
+            }
+        })
+    });
+    raise(py, outcome, signal)
+}
+
+/// [`native`] for `work` that owns what it needs and writes nothing: if it takes longer to stop than [`PATIENCE`], which
+/// tract's optimizer does, it is left to finish on its own.
+pub fn native_owned<T: Send + 'static>(
+    py: Python<'_>,
+    work: impl FnOnce(&AtomicBool) -> Result<T> + Send + 'static,
+) -> PyResult<T> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let (outcome, signal) = py.detach(|| {
+        let (done, finished) = channel();
+        let stop_flag = Arc::clone(&stop);
+        let body = move || drop(done.send(guard(|| work(&stop_flag))));
+        match worker().spawn(body) {
+            Ok(_) => wait(&finished, &stop, Some(PATIENCE)),
+            Err(e) => (Err(no_thread(&e)), None),
+        }
+    });
+    raise(py, outcome, signal)
+}
+
+fn worker() -> Builder {
+    Builder::new().stack_size(WORKER_STACK)
+}
+
+fn no_thread(why: &std::io::Error) -> Error {
+    Error::InvalidArgument(format!("cannot start a thread: {why}"))
+}
+
+/// What arrives at `finished`, and the exception a signal raised meanwhile; after that, at most `patience`.
+fn wait<T>(
+    finished: &Receiver<Result<T>>,
+    stop: &AtomicBool,
+    patience: Option<Duration>,
+) -> (Result<T>, Option<PyErr>) {
+    let mut signal = None;
+    loop {
+        let limit = patience.filter(|_| signal.is_some()).unwrap_or(SIGNAL_POLL);
+        match finished.recv_timeout(limit) {
+            Ok(outcome) => return (outcome, signal),
+            Err(RecvTimeoutError::Disconnected) => return (Err(Error::Panic("worker thread died".into())), signal),
+            Err(RecvTimeoutError::Timeout) if signal.is_some() && patience.is_some() => {
+                return (Err(Error::Interrupted), signal);
+            }
+            Err(RecvTimeoutError::Timeout) => {
                 if signal.is_none() {
                     signal = Python::attach(|py| py.check_signals()).err();
                     stop.store(signal.is_some(), Ordering::Relaxed);
                 }
             }
-            (worker.join().unwrap_or_else(|_| Err(Error::Panic("worker thread died".into()))), signal)
-        })
-    });
+        }
+    }
+}
+
+fn raise<T>(py: Python<'_>, outcome: Result<T>, signal: Option<PyErr>) -> PyResult<T> {
     match signal {
-        Some(interrupt) => Err(interrupt),
+        Some(signal) => Err(signal),
         None => outcome.map_err(|e| to_py(py, &e)),
     }
+}
+
+/// Runs `work` on the calling thread with the GIL released. It asks between its steps whether to stop.
+pub fn native_here<T: Send>(py: Python<'_>, work: impl FnOnce(&dyn Fn() -> bool) -> Result<T> + Send) -> PyResult<T> {
+    let (outcome, signal) = py.detach(|| {
+        let (asked, signal) = (Cell::new(Instant::now()), RefCell::new(None));
+        let outcome = guard(|| {
+            work(&|| {
+                if asked.get().elapsed() >= SIGNAL_POLL {
+                    asked.set(Instant::now());
+                    signal.replace(Python::attach(|py| py.check_signals()).err());
+                }
+                signal.borrow().is_some()
+            })
+        });
+        (outcome, signal.into_inner())
+    });
+    let signal = signal.or_else(|| py.check_signals().err());
+    raise(py, outcome, signal)
 }
 
 /// Runs short `work` on the calling thread with the GIL released; Ctrl-C is looked for once, after it.

@@ -3,7 +3,7 @@
 use numpy::{Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use super::boundary::{native, native_short, to_py};
+use super::boundary::{native, to_py};
 use crate::error::Error;
 use crate::q40::{self, Encoder, FloatType, Moments};
 
@@ -125,7 +125,7 @@ pub fn q40_squared_error(
 pub fn q40_join(py: Python<'_>, codes: &Bytes<'_>, scales: &Bytes<'_>, blocks: &Bytes<'_>) -> PyResult<()> {
     let (codes, scales, mut blocks) = (input(codes, "codes")?, input(scales, "scales")?, output(blocks, "blocks")?);
     let (codes, scales, blocks) = (codes.as_slice()?, scales.as_slice()?, blocks.as_slice_mut()?);
-    native_short(py, || q40::join(codes, scales, blocks))
+    native(py, |stop| q40::join(codes, scales, blocks, stop))
 }
 
 #[pyfunction]
@@ -133,7 +133,7 @@ pub fn q40_split(py: Python<'_>, blocks: &Bytes<'_>, codes: &Bytes<'_>, scales: 
     let (blocks, mut codes, mut scales) =
         (input(blocks, "blocks")?, output(codes, "codes")?, output(scales, "scales")?);
     let (blocks, codes, scales) = (blocks.as_slice()?, codes.as_slice_mut()?, scales.as_slice_mut()?);
-    native_short(py, || q40::split(blocks, codes, scales))
+    native(py, |stop| q40::split(blocks, codes, scales, stop))
 }
 
 fn float_type(py: Python<'_>, dtype: &str) -> PyResult<FloatType> {

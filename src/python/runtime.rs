@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use numpy::{PyArray1, PyArrayDescrMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyDict, PyList};
 
-use super::boundary::{native, native_short, to_py};
+use super::boundary::{native_here, native_owned, native_short, to_py};
 use super::q40::input;
 use crate::error::Error;
 use crate::preflight;
@@ -19,7 +20,7 @@ type PyFact<'py> = (String, String, Vec<Bound<'py, PyAny>>);
 #[pyfunction]
 #[pyo3(name = "preflight")]
 pub fn check_archive(py: Python<'_>, path: PathBuf) -> PyResult<()> {
-    native(py, move |stop| preflight::check(&path, stop))
+    native_owned(py, move |stop| preflight::check(&path, stop))
 }
 
 #[pyclass(frozen, module = "torch_to_nnef._native")]
@@ -30,14 +31,19 @@ impl Model {
     #[staticmethod]
     #[pyo3(signature = (path, outputs = None, threads = None))]
     fn load(py: Python<'_>, path: PathBuf, outputs: Option<Vec<String>>, threads: Option<usize>) -> PyResult<Self> {
-        native(py, move |stop| runtime::Model::load(&path, outputs.as_deref(), threads, stop))
+        native_owned(py, move |stop| runtime::Model::load(&path, outputs.as_deref(), threads, stop))
             .map(|m| Self(Arc::new(m)))
     }
 
     #[staticmethod]
     #[pyo3(signature = (data, outputs = None, threads = None))]
-    fn load_bytes(py: Python<'_>, data: &[u8], outputs: Option<Vec<String>>, threads: Option<usize>) -> PyResult<Self> {
-        native(py, move |stop| runtime::Model::load_bytes(data, outputs.as_deref(), threads, stop))
+    fn load_bytes(
+        py: Python<'_>,
+        data: PyBackedBytes,
+        outputs: Option<Vec<String>>,
+        threads: Option<usize>,
+    ) -> PyResult<Self> {
+        native_owned(py, move |stop| runtime::Model::load_bytes(&data, outputs.as_deref(), threads, stop))
             .map(|m| Self(Arc::new(m)))
     }
 
@@ -71,7 +77,7 @@ impl Model {
 
     #[expect(clippy::needless_pass_by_value, reason = "what pyo3 makes of a Python sequence")]
     fn run<'py>(&self, py: Python<'py>, inputs: Vec<Bound<'py, PyUntypedArray>>) -> PyResult<Bound<'py, PyList>> {
-        let outputs = with_inputs(py, &inputs, |given| native_short(py, || self.0.run(given)))?;
+        let outputs = with_inputs(py, &inputs, |given| native_here(py, |stop| self.0.run_until(stop, given)))?;
         PyList::new(py, outputs.iter().map(|array| array_to_py(py, array)).collect::<PyResult<Vec<_>>>()?)
     }
 
@@ -98,7 +104,7 @@ impl Session {
 
     #[expect(clippy::needless_pass_by_value, reason = "what pyo3 makes of a Python sequence")]
     fn run<'py>(&self, py: Python<'py>, inputs: Vec<Bound<'py, PyUntypedArray>>) -> PyResult<Bound<'py, PyList>> {
-        let outputs = with_inputs(py, &inputs, |given| native_short(py, || self.0.run(given)))?;
+        let outputs = with_inputs(py, &inputs, |given| native_here(py, |stop| self.0.run_until(stop, given)))?;
         PyList::new(py, outputs.iter().map(|array| array_to_py(py, array)).collect::<PyResult<Vec<_>>>()?)
     }
 

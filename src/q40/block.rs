@@ -1,11 +1,14 @@
 //! The 18-byte block of GGUF and NNEF `.dat` files, and its way from and to planes.
 
+use std::sync::atomic::AtomicBool;
+
 use bytemuck::{Pod, Zeroable};
 use half::f16;
 use rayon::prelude::*;
 
-use super::{CODE_BYTES, SCALE_BYTES};
+use super::{CODE_BYTES, SCALE_BYTES, alive};
 use crate::error::{Error, Result};
+use crate::pool;
 
 /// One group of 32 as GGUF stores it.
 #[repr(C)]
@@ -25,33 +28,40 @@ const _: () = {
     assert!(std::mem::offset_of!(BlockQ4_0, d) == 0 && std::mem::offset_of!(BlockQ4_0, qs) == 2);
 };
 
-/// Blocks a thread takes at least.
+/// Blocks a thread takes at least, between two looks at whether to stop.
 const MIN_BLOCKS: usize = 4096;
 
 /// Interleaves planes into `blocks`.
-pub fn join(codes: &[u8], scales: &[u8], blocks: &mut [u8]) -> Result<()> {
+pub fn join(codes: &[u8], scales: &[u8], blocks: &mut [u8], stop: &AtomicBool) -> Result<()> {
     check(codes, scales, blocks)?;
-    let codes = codes.as_chunks::<CODE_BYTES>().0.par_iter();
-    let scales = scales.as_chunks::<SCALE_BYTES>().0.par_iter();
-    let blocks = blocks.as_chunks_mut::<BLOCK_BYTES>().0.par_iter_mut();
-    blocks.zip(codes).zip(scales).with_min_len(MIN_BLOCKS).for_each(|((block, codes), scale)| {
-        block[..SCALE_BYTES].copy_from_slice(scale);
-        block[SCALE_BYTES..].copy_from_slice(codes);
-    });
-    Ok(())
+    let codes = codes.as_chunks::<CODE_BYTES>().0.par_chunks(MIN_BLOCKS);
+    let scales = scales.as_chunks::<SCALE_BYTES>().0.par_chunks(MIN_BLOCKS);
+    let blocks = blocks.as_chunks_mut::<BLOCK_BYTES>().0.par_chunks_mut(MIN_BLOCKS);
+    let run = |((blocks, codes), scales): ((&mut [[u8; BLOCK_BYTES]], &[[u8; CODE_BYTES]]), &[[u8; SCALE_BYTES]])| {
+        for ((block, codes), scale) in blocks.iter_mut().zip(codes).zip(scales) {
+            block[..SCALE_BYTES].copy_from_slice(scale);
+            block[SCALE_BYTES..].copy_from_slice(codes);
+        }
+        alive(stop)
+    };
+    pool::install(|| blocks.zip(codes).zip(scales).try_for_each(run))
 }
 
 /// Inverse of [`join`].
-pub fn split(blocks: &[u8], codes: &mut [u8], scales: &mut [u8]) -> Result<()> {
+pub fn split(blocks: &[u8], codes: &mut [u8], scales: &mut [u8], stop: &AtomicBool) -> Result<()> {
     check(codes, scales, blocks)?;
-    let codes = codes.as_chunks_mut::<CODE_BYTES>().0.par_iter_mut();
-    let scales = scales.as_chunks_mut::<SCALE_BYTES>().0.par_iter_mut();
-    let blocks = blocks.as_chunks::<BLOCK_BYTES>().0.par_iter();
-    blocks.zip(codes).zip(scales).with_min_len(MIN_BLOCKS).for_each(|((block, codes), scale)| {
-        scale.copy_from_slice(&block[..SCALE_BYTES]);
-        codes.copy_from_slice(&block[SCALE_BYTES..]);
-    });
-    Ok(())
+    let codes = codes.as_chunks_mut::<CODE_BYTES>().0.par_chunks_mut(MIN_BLOCKS);
+    let scales = scales.as_chunks_mut::<SCALE_BYTES>().0.par_chunks_mut(MIN_BLOCKS);
+    let blocks = blocks.as_chunks::<BLOCK_BYTES>().0.par_chunks(MIN_BLOCKS);
+    let run =
+        |((blocks, codes), scales): ((&[[u8; BLOCK_BYTES]], &mut [[u8; CODE_BYTES]]), &mut [[u8; SCALE_BYTES]])| {
+            for ((block, codes), scale) in blocks.iter().zip(codes).zip(scales) {
+                scale.copy_from_slice(&block[..SCALE_BYTES]);
+                codes.copy_from_slice(&block[SCALE_BYTES..]);
+            }
+            alive(stop)
+        };
+    pool::install(|| blocks.zip(codes).zip(scales).try_for_each(run))
 }
 
 fn check(codes: &[u8], scales: &[u8], blocks: &[u8]) -> Result<()> {
@@ -79,7 +89,7 @@ mod tests {
     fn the_layout_is_scale_then_codes() {
         let codes: Vec<u8> = (0..32).collect();
         let mut blocks = [0; 36];
-        join(&codes, &[0xaa, 0xbb, 0xcc, 0xdd], &mut blocks).unwrap();
+        join(&codes, &[0xaa, 0xbb, 0xcc, 0xdd], &mut blocks, &AtomicBool::new(false)).unwrap();
         assert_eq!(blocks[..2], [0xaa, 0xbb]);
         assert_eq!(blocks[2..18], codes[..16]);
         assert_eq!(blocks[18..20], [0xcc, 0xdd]);
@@ -92,8 +102,9 @@ mod tests {
     fn lengths_are_checked() {
         for (codes, scales, blocks) in [(16, 2, 17), (16, 4, 18), (17, 2, 18), (0, 2, 0), (32, 4, 18)] {
             let (mut codes, mut scales, mut blocks) = (vec![0; codes], vec![0; scales], vec![0; blocks]);
-            assert!(matches!(join(&codes, &scales, &mut blocks), Err(Error::InvalidArgument(_))));
-            assert!(matches!(split(&blocks, &mut codes, &mut scales), Err(Error::InvalidArgument(_))));
+            let stop = AtomicBool::new(false);
+            assert!(matches!(join(&codes, &scales, &mut blocks, &stop), Err(Error::InvalidArgument(_))));
+            assert!(matches!(split(&blocks, &mut codes, &mut scales, &stop), Err(Error::InvalidArgument(_))));
         }
     }
 
@@ -103,9 +114,10 @@ mod tests {
             let codes: Vec<u8> = (0..groups * 16).map(|i| seed[i % 35].wrapping_add((i >> 8) as u8)).collect();
             let scales: Vec<u8> = (0..groups * 2).map(|i| seed[i % 31] ^ (i >> 7) as u8).collect();
             let mut blocks = vec![0; groups * 18];
-            join(&codes, &scales, &mut blocks).unwrap();
+            let stop = AtomicBool::new(false);
+            join(&codes, &scales, &mut blocks, &stop).unwrap();
             let (mut codes_back, mut scales_back) = (vec![1; codes.len()], vec![1; scales.len()]);
-            split(&blocks, &mut codes_back, &mut scales_back).unwrap();
+            split(&blocks, &mut codes_back, &mut scales_back, &stop).unwrap();
             prop_assert!(codes == codes_back && scales == scales_back);
         }
     }

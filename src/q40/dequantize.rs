@@ -1,14 +1,15 @@
 //! Codes and scales back to floats.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::simd::{Isa, Kernel, dispatch};
-use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, check_planes};
-use crate::error::{Error, Result};
+use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, alive, check_planes};
+use crate::error::Result;
+use crate::pool;
 
 /// `data[i] = (code[i] - 8) * scale`, computed in f32 and rounded once to `float`.
 pub fn dequantize(codes: &[u8], scales: &[u8], float: FloatType, data: &mut [u8], stop: &AtomicBool) -> Result<()> {
@@ -17,16 +18,12 @@ pub fn dequantize(codes: &[u8], scales: &[u8], float: FloatType, data: &mut [u8]
         .par_chunks_mut(TILE * float.size())
         .zip(codes.par_chunks(TILE / GROUP_SIZE * CODE_BYTES))
         .zip(scales.par_chunks(TILE / GROUP_SIZE * SCALE_BYTES));
-    tiles.with_min_len(MIN_TILES).try_for_each_init(
-        || [0.0; TILE],
-        |buffer, ((data, codes), scales)| {
-            if stop.load(Ordering::Relaxed) {
-                return Err(Error::Interrupted);
-            }
-            dispatch(Tile { codes, scales, float, data, buffer });
-            Ok(())
-        },
-    )
+    let tile = |buffer: &mut [f32; TILE], ((data, codes), scales)| {
+        alive(stop)?;
+        dispatch(Tile { codes, scales, float, data, buffer });
+        Ok(())
+    };
+    pool::install(|| tiles.with_min_len(MIN_TILES).try_for_each_init(|| [0.0; TILE], tile))
 }
 
 struct Tile<'a> {
@@ -76,6 +73,8 @@ pub(super) fn decode(isa: impl Isa, codes: &[u8], scales: &[f32], values: &mut [
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use crate::error::Error;
 
     use half::bf16;
 

@@ -1,13 +1,14 @@
 //! What rounding to Q40 costs: codes and scales against the floats they stand for.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use rayon::prelude::*;
 
 use super::dequantize::{decode, load_scales};
 use super::simd::{Isa, Kernel, dispatch};
-use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, check_planes};
-use crate::error::{Error, Result};
+use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, alive, check_planes};
+use crate::error::Result;
+use crate::pool;
 
 /// `(sum of x^2, sum of (value - x)^2)` over `data`, where `value` is what the planes decode to, rounded once to
 /// `shown`. Summed in f64, in an order that does not depend on the number of threads.
@@ -24,18 +25,12 @@ pub fn squared_error(
         .par_chunks(TILE * float.size())
         .zip(codes.par_chunks(TILE / GROUP_SIZE * CODE_BYTES))
         .zip(scales.par_chunks(TILE / GROUP_SIZE * SCALE_BYTES));
-    let sums: Vec<_> = tiles
-        .with_min_len(MIN_TILES)
-        .map_init(
-            || [[0.0; TILE]; 2],
-            |buffers, ((data, codes), scales)| {
-                if stop.load(Ordering::Relaxed) {
-                    return Err(Error::Interrupted);
-                }
-                Ok(dispatch(Tile { codes, scales, float, data, shown, buffers }))
-            },
-        )
-        .collect::<Result<_>>()?;
+    let tile = |buffers: &mut [[f32; TILE]; 2], ((data, codes), scales)| {
+        alive(stop)?;
+        Ok(dispatch(Tile { codes, scales, float, data, shown, buffers }))
+    };
+    let tiles = tiles.with_min_len(MIN_TILES).map_init(|| [[0.0; TILE]; 2], tile);
+    let sums: Vec<_> = pool::install(|| tiles.collect::<Result<_>>())?;
     Ok(sums.iter().fold((0.0, 0.0), |(signal, noise), (s, n)| (signal + s, noise + n)))
 }
 
@@ -78,6 +73,8 @@ impl Kernel for Tile<'_> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use crate::error::Error;
 
     use super::*;
     use crate::q40::{Encoder, dequantize, quantize};

@@ -19,6 +19,8 @@ pub use error::squared_error;
 pub use float::FloatType;
 pub use quantize::{Encoder, Moments, quantize, quantize_hessian, quantize_weighted, quantize_with_scales};
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::error::{Error, Result};
 
 /// Elements that share a scale.
@@ -34,6 +36,11 @@ const TILE: usize = 2048;
 const MIN_TILES: usize = 32;
 
 const _: () = assert!(cfg!(target_endian = "little"), "arrays are exchanged as little-endian bytes");
+
+/// [`Error::Interrupted`] once `stop` is true.
+fn alive(stop: &AtomicBool) -> Result<()> {
+    if stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+}
 
 /// Checks the planes against `len`, the bytes of `n` floats, and returns `n`.
 fn check_planes(float: FloatType, len: usize, codes: usize, scales: usize) -> Result<usize> {

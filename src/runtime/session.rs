@@ -51,8 +51,13 @@ impl Session {
 
     /// One run on what is carried; if it fails, that stays as it was.
     pub fn run(&self, inputs: &[Input<'_>]) -> Result<Vec<Array>> {
+        self.run_until(&|| false, inputs)
+    }
+
+    /// As [`Model::run_until`].
+    pub fn run_until(&self, stop: &dyn Fn() -> bool, inputs: &[Input<'_>]) -> Result<Vec<Array>> {
         let mut state = self.lock()?;
-        let outputs = self.model.run_with(&state, inputs)?;
+        let outputs = self.model.run_with(&state, stop, inputs)?;
         for &(input, output) in &self.carried {
             state[input] = Some(outputs[output].clone());
         }

@@ -76,7 +76,7 @@ fn a_written_file_is_header_then_payload() {
     dat::write(&path, &header, [1, 0, 2, 0, 3, 0].as_slice(), &GO).unwrap();
     let expected = [golden(6, &[3], [16, 0, 0, 0, 1, 0, 0, 0]).as_slice(), &[1, 0, 2, 0, 3, 0]].concat();
     assert_eq!(fs::read(&path).unwrap(), expected);
-    assert_eq!(dat::read(&path).unwrap(), (header, vec![1, 0, 2, 0, 3, 0]));
+    assert_eq!(dat::read(&path, &GO).unwrap(), (header, vec![1, 0, 2, 0, 3, 0]));
 }
 
 #[test]
@@ -195,11 +195,11 @@ fn a_file_of_another_size_than_announced_is_refused() {
     let whole = fs::read(&path).unwrap();
     for len in 0..whole.len() {
         fs::write(&path, &whole[..len]).unwrap();
-        assert!(matches!(dat::read(&path), Err(Error::InconsistentTensor(_))), "{len} bytes");
+        assert!(matches!(dat::read(&path, &GO), Err(Error::InconsistentTensor(_))), "{len} bytes");
     }
     fs::write(&path, [whole.as_slice(), &[0]].concat()).unwrap();
-    assert!(matches!(dat::read(&path), Err(Error::InconsistentTensor(_))));
-    assert!(matches!(dat::read(&dir.path().join("none.dat")), Err(Error::Io { .. })));
+    assert!(matches!(dat::read(&path, &GO), Err(Error::InconsistentTensor(_))));
+    assert!(matches!(dat::read(&dir.path().join("none.dat"), &GO), Err(Error::Io { .. })));
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn a_short_payload_leaves_the_old_file() {
     let header = Header::new(DatType::U8, &[5]).unwrap();
     dat::write(&path, &header, [7; 5].as_slice(), &GO).unwrap();
     assert!(dat::write(&path, &header, [1; 4].as_slice(), &GO).is_err());
-    assert_eq!(dat::read(&path).unwrap().1, [7; 5]);
+    assert_eq!(dat::read(&path, &GO).unwrap().1, [7; 5]);
     assert_eq!(listing(dir.path()), ["w.dat"]);
 }
 

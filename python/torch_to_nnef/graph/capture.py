@@ -26,6 +26,7 @@ from torch_to_nnef.graph.patches import symbolic_sizes
 from torch_to_nnef.graph.places import module_names
 from torch_to_nnef.graph.torchscript import interpreted_functions
 from torch_to_nnef.torch_internals import FakeTensorMode, OpOverload, ShapeEnv, pytree
+from torch_to_nnef.turns import one_at_a_time
 
 # torch burns sizes 0 and 1 into a graph, so a dynamic axis is traced at this size or more.
 _SMALLEST_TRACED = 2
@@ -95,6 +96,7 @@ class _Recorder(torch.fx.Interpreter):
         return value
 
 
+@one_at_a_time
 def capture(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Uses] | None = None) -> Captured:
     """Trace `model` in eval mode with symbolic sizes on the dynamic axes of `inputs`; modules of the classes `whole` stay one call.
 
@@ -158,6 +160,7 @@ def _axes(model: nn.Module, inputs: Inputs) -> dict[str, Axis]:
     }
 
 
+@one_at_a_time
 def decompose(captured: Captured, ops: Sequence[OpOverload]) -> Captured:
     """The same capture with `ops` spelled out in simpler ones, in functional form."""
     known = torch.export.default_decompositions()

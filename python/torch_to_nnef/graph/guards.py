@@ -20,6 +20,7 @@ from torch_to_nnef.graph.places import Place, running_place
 from torch_to_nnef.graph.tdim import dim_text
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.torch_internals import ShapeEnv, SymMax, SymMin
+from torch_to_nnef.turns import in_this_thread
 
 _RELATIONS = {sympy.Eq: "==", sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">"}
 
@@ -83,7 +84,7 @@ class Watch:
             assign(module, name, value)
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(ShapeEnv, "evaluate_expr", evaluate_expr))
+            stack.enter_context(mock.patch.object(ShapeEnv, "evaluate_expr", in_this_thread(evaluate_expr, original)))
             stack.enter_context(mock.patch.object(nn.Module, "__setattr__", set_attribute))
             # Else torch keeps the frames called `forward` only, in the stack trace of a node; torch before 2.9 has no such hook.
             if hasattr(TracerBase, "_filter_traceback_frames"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -17,19 +17,18 @@ from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.istft import istft
 from torch_to_nnef.graph.recurrent import GATES, recurrent
 from torch_to_nnef.torch_internals import recurrent_functions
+from torch_to_nnef.turns import in_this_thread
 
 Size = int | tuple[int, ...] | list[int]
 
 
 @contextmanager
 def symbolic_sizes() -> Iterator[None]:
-    """Functions that read a size as a number, replaced by ones that do not."""
+    """Functions that read a size as a number, replaced by ones that do not, in this thread."""
     with ExitStack() as stack:
         for holder, name, function in _replacements():
-            if isinstance(function, partial):
-                # torch.cond lists torch's functions by their names.
-                update_wrapper(function, getattr(holder, name))
-            stack.enter_context(mock.patch.object(holder, name, function, create=True))
+            stack.enter_context(mock.patch.object(holder, name, in_this_thread(function, getattr(holder, name))))
+        stack.enter_context(mock.patch.object(nn.RNNBase, "_flat_weights", _flat_weights(), create=True))
         yield
 
 
@@ -41,11 +40,20 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     for holder in (torch, recurrent_functions):
         for mode in GATES:
             yield holder, mode, partial(_recurrent_layers, mode)
-    # The module keeps a second list of its weights, which torch would renew, and so change the model, while it traces.
-    yield nn.RNNBase, "_flat_weights", property(lambda rnn: [getattr(rnn, name) for name in rnn._flat_weights_names])
     yield nn.RNNBase, "_update_flat_weights", lambda rnn: None
     for name in ("_pack_padded_sequence", "_pad_packed_sequence"):
         yield recurrent_functions, name, _packed_sequence
+
+
+def _flat_weights() -> property:
+    """The second list of its weights that a module keeps; torch would renew it, and so change the model, while it traces."""
+    return property(
+        in_this_thread(
+            lambda rnn: [getattr(rnn, name) for name in rnn._flat_weights_names],
+            lambda rnn: rnn.__dict__["_flat_weights"],
+        ),
+        lambda rnn, weights: rnn.__dict__.update(_flat_weights=weights),
+    )
 
 
 def _sqrt(root: Callable[[Any], float], value: Any) -> Any:

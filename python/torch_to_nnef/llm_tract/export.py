@@ -41,6 +41,7 @@ from torch_to_nnef.report.progress import progress_bars
 from torch_to_nnef.report.words import size
 from torch_to_nnef.tensor.quant import stored_nbytes
 from torch_to_nnef.tract_model import TractModel
+from torch_to_nnef.turns import one_at_a_time
 from torch_to_nnef.verify import Comparison, raise_on_mismatch
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 _GENERATED = 32  # tokens compared
 
 
+@one_at_a_time
 def export_llm(options: LlmOptions) -> LlmReport:
     """Load, compress, export and verify what `options` name, and leave it in `options.export_dirpath`; returns the report.
 

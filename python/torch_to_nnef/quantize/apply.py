@@ -19,6 +19,7 @@ from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.padded import QTensorTractPadded, padded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly
 from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
+from torch_to_nnef.turns import one_at_a_time
 
 Encode = Callable[[torch.Tensor, str], QTensorTractScaleOnly]
 # `(bytes done, all bytes, name of what is next)`.
@@ -27,6 +28,7 @@ _LARGEST_READ = 256 << 20
 _STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
+@one_at_a_time
 def quantize_(
     model: nn.Module,
     encode: Encode,

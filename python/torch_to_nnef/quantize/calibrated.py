@@ -27,6 +27,7 @@ from torch_to_nnef.quantize.watch import Watch
 from torch_to_nnef.tensor.offload import OffloadedTensor
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, quantize_q40
 from torch_to_nnef.tensor.updater import ModTensorUpdater, Place
+from torch_to_nnef.turns import one_at_a_time
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,6 +36,7 @@ CalibratedEncode = Callable[[torch.Tensor, str, InputStatistics | None], QTensor
 """`(weight rows [N, K], name, statistics)` to its quantized form; statistics are None for a weight the calibration never reached."""
 
 
+@one_at_a_time
 def quantize_calibrated_(
     model: nn.Module,
     encode: CalibratedEncode,

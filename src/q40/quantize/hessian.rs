@@ -5,7 +5,7 @@
 //! taken in a given order), then codes and scales take turns to descend, group by group: the best code of an element and the best scale
 //! of a group, all else fixed, have closed forms.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use half::f16;
 use rayon::prelude::*;
@@ -14,8 +14,9 @@ use super::panel::Rows;
 use super::weighted::{self, check_rows};
 use super::{Encode, check_range, grid, scale_search::ScaleSearch};
 use crate::error::{Error, Result};
+use crate::pool;
 use crate::q40::simd::{Codes, Group, Isa, Kernel, Terms, dispatch};
-use crate::q40::{CODE_BYTES, FloatType, GROUP_SIZE, SCALE_BYTES, check_planes};
+use crate::q40::{CODE_BYTES, FloatType, GROUP_SIZE, SCALE_BYTES, alive, check_planes};
 
 /// Rows that share what is read of the matrices.
 const TILE_ROWS: usize = 32;
@@ -38,7 +39,7 @@ pub struct Moments<'a> {
 }
 
 impl Moments<'_> {
-    fn check(&self, width: usize, name: &str) -> Result<()> {
+    fn check(&self, width: usize, name: &str, stop: &AtomicBool) -> Result<()> {
         let wrong = |what: &str| Err(Error::InvalidArgument(format!("tensor {name:?}: {what}")));
         let square = width.checked_mul(width);
         if Some(self.hessian.len()) != square || Some(self.factor.len()) != square {
@@ -53,8 +54,12 @@ impl Moments<'_> {
         if self.order.len() != width || seen.contains(&false) {
             return wrong(&format!("the order must name each of {width} columns once"));
         }
-        let finite = |values: &[f32]| values.par_iter().all(|v| v.is_finite());
-        if !(finite(self.hessian) && finite(self.factor) && self.ridge.is_finite() && self.ridge >= 0.0) {
+        let finite = |matrix: &[f32]| {
+            let rows = matrix.par_chunks(width.max(1));
+            let finite = rows.map(|row| alive(stop).map(|()| row.iter().all(|v| v.is_finite())));
+            finite.try_reduce(|| true, |a, b| Ok(a && b))
+        };
+        if !(finite(self.hessian)? && finite(self.factor)? && self.ridge.is_finite() && self.ridge >= 0.0) {
             return wrong("Hessian, factor and ridge must be finite, and the ridge not negative");
         }
         let positive = |matrix: &[f32]| matrix.iter().step_by(width + 1).all(|v| *v > 0.0);
@@ -83,12 +88,15 @@ pub fn quantize_hessian(
 ) -> Result<()> {
     check_planes(FloatType::F32, size_of_val(data), codes.len(), scales.len())?;
     check_rows(data, width)?;
-    moments.check(width, name)?;
-    check_range(data, name)?;
     let groups = width / GROUP_SIZE * TILE_ROWS;
     let planes = codes.par_chunks_mut(groups * CODE_BYTES).zip(scales.par_chunks_mut(groups * SCALE_BYTES));
-    data.par_chunks(width * TILE_ROWS).zip(planes).try_for_each(|(weights, (codes, scales))| {
-        dispatch(Tile { weights, width, moments, sweeps, codes, scales, stop })
+    let tiles = data.par_chunks(width * TILE_ROWS).zip(planes);
+    pool::install(|| {
+        moments.check(width, name, stop)?;
+        check_range(data, name, stop)?;
+        tiles.try_for_each(|(weights, (codes, scales))| {
+            dispatch(Tile { weights, width, moments, sweeps, codes, scales, stop })
+        })
     })
 }
 
@@ -120,9 +128,8 @@ impl Kernel for Tile<'_> {
         let per_row = self.width / GROUP_SIZE;
         let plain = self.choose(isa, |_, x| ScaleSearch.encode(isa, x));
         let mut found = self.choose(isa, |group, x| weighted::encode(isa, x, &importance[group % per_row]));
-        self.round(isa, &mut found);
-        self.alive()?;
-        let (plain_gradient, mut gradient) = (self.gradient(isa, &plain), self.gradient(isa, &found));
+        self.round(isa, &mut found)?;
+        let (plain_gradient, mut gradient) = (self.gradient(isa, &plain)?, self.gradient(isa, &found)?);
         for row in 0..self.rows() {
             if self.cost(&plain, &plain_gradient, row, 0.0) < self.cost(&found, &gradient, row, 0.0) {
                 self.copy(&plain, &mut found, row);
@@ -152,10 +159,6 @@ impl Tile<'_> {
         self.weights.len() / self.width
     }
 
-    fn alive(&self) -> Result<()> {
-        if self.stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
-    }
-
     fn copy(&self, from: &Grid, to: &mut Grid, row: usize) {
         let groups = row * self.width / GROUP_SIZE..(row + 1) * self.width / GROUP_SIZE;
         to.levels[groups.clone()].copy_from_slice(&from.levels[groups.clone()]);
@@ -176,7 +179,7 @@ impl Tile<'_> {
 
     /// GPTQ: each column in turn is rounded, and its error, over the diagonal, spread over those that follow.
     #[inline(always)]
-    fn round(&self, isa: impl Isa, grid: &mut Grid) {
+    fn round(&self, isa: impl Isa, grid: &mut Grid) -> Result<()> {
         let (width, Moments { factor, order, .. }) = (self.width, self.moments);
         let per_row = width / GROUP_SIZE;
         let mut rest = Rows::zeros(self.rows(), width);
@@ -187,6 +190,7 @@ impl Tile<'_> {
         }
         let mut terms = vec![Terms::default(); self.rows()];
         for (group, columns) in order.as_chunks::<GROUP_SIZE>().0.iter().enumerate() {
+            alive(self.stop)?;
             let square = square(factor, width, group);
             for (row, terms) in terms.iter_mut().enumerate() {
                 let mut x = *rest.group(row, group);
@@ -203,15 +207,17 @@ impl Tile<'_> {
             }
             rest.add(isa, factor, width, group, (group + 1) * GROUP_SIZE, &terms);
         }
+        Ok(())
     }
 
     /// `e H` of each row.
     #[inline(always)]
-    fn gradient(&self, isa: impl Isa, grid: &Grid) -> Rows {
+    fn gradient(&self, isa: impl Isa, grid: &Grid) -> Result<Rows> {
         let per_row = self.width / GROUP_SIZE;
         let mut gradient = Rows::zeros(self.rows(), self.width);
         let mut terms = vec![Terms::default(); self.rows()];
         for group in 0..per_row {
+            alive(self.stop)?;
             for (row, terms) in terms.iter_mut().enumerate() {
                 terms.clear();
                 for (i, error) in self.error(grid, row * per_row + group).into_iter().enumerate() {
@@ -220,7 +226,7 @@ impl Tile<'_> {
             }
             gradient.add(isa, self.moments.hessian, self.width, group, 0, &terms);
         }
-        gradient
+        Ok(gradient)
     }
 
     /// Of one group.
@@ -255,6 +261,7 @@ impl Tile<'_> {
         for _ in 0..self.sweeps {
             let mut moved = vec![false; self.rows()];
             for group in 0..per_row {
+                alive(self.stop)?;
                 let square = square(self.moments.hessian, self.width, group);
                 for (row, terms) in terms.iter_mut().enumerate() {
                     terms.clear();
@@ -271,7 +278,6 @@ impl Tile<'_> {
                 }
                 gradient.add(isa, self.moments.hessian, self.width, group, 0, &terms);
             }
-            self.alive()?;
             moving = moved;
             if !moving.contains(&true) {
                 break;

@@ -29,8 +29,9 @@ use self::signed_extreme::SignedExtreme;
 pub use self::weighted::quantize_weighted;
 use super::dequantize::load_scales;
 use super::simd::{Codes, Group, Isa, Kernel, dispatch};
-use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, check_planes};
+use super::{CODE_BYTES, FloatType, GROUP_SIZE, MIN_TILES, SCALE_BYTES, TILE, alive, check_planes};
 use crate::error::{Error, Result};
+use crate::pool;
 
 /// Largest magnitude whose scale, an eighth of it, fits f16.
 pub const LARGEST: f32 = 8.0 * 65504.0;
@@ -161,11 +162,12 @@ impl Job<'_> {
                 ControlFlow::Continue(Offenders::find(x, index * TILE, largest))
             },
         );
-        match offenders.try_reduce(|| None, |a, b| ControlFlow::Continue(Offenders::merge(a, b))) {
+        let merge = |a, b| ControlFlow::Continue(Offenders::merge(a, b));
+        pool::install(|| match offenders.try_reduce(|| None, merge) {
             ControlFlow::Break(()) => Err(Error::Interrupted),
             ControlFlow::Continue(None) => Ok(()),
             ControlFlow::Continue(Some(found)) => Err(found.error(name, largest)),
-        }
+        })
     }
 }
 
@@ -203,9 +205,10 @@ impl Offenders {
 }
 
 /// Refuses floats that no Q40 group can hold.
-fn check_range(data: &[f32], name: &str) -> Result<()> {
-    let found = data.par_chunks(TILE).enumerate().with_min_len(MIN_TILES);
-    match found.map(|(index, x)| Offenders::find(x, index * TILE, LARGEST)).reduce(|| None, Offenders::merge) {
+fn check_range(data: &[f32], name: &str, stop: &AtomicBool) -> Result<()> {
+    let tiles = data.par_chunks(TILE).enumerate().with_min_len(MIN_TILES);
+    let found = tiles.map(|(index, x)| alive(stop).map(|()| Offenders::find(x, index * TILE, LARGEST)));
+    match found.try_reduce(|| None, |a, b| Ok(Offenders::merge(a, b)))? {
         Some(found) => Err(found.error(name, LARGEST)),
         None => Ok(()),
     }

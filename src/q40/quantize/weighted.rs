@@ -1,6 +1,6 @@
 //! Least squared error weighed by the importance of each element: what the diagonal of a Hessian knows.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use half::f16;
 use rayon::prelude::*;
@@ -9,8 +9,9 @@ use super::signed_extreme::SignedExtreme;
 use super::{Coded, Encode, grid};
 use super::{check_range, scale_search::POSITIONS};
 use crate::error::{Error, Result};
+use crate::pool;
 use crate::q40::simd::{Candidates, Group, Isa, Kernel, dispatch};
-use crate::q40::{CODE_BYTES, FloatType, GROUP_SIZE, SCALE_BYTES, check_planes};
+use crate::q40::{CODE_BYTES, FloatType, GROUP_SIZE, SCALE_BYTES, alive, check_planes};
 
 /// Rounds of fitting the scale to the codes and the codes to the scale, at most.
 const POLISH: usize = 4;
@@ -40,16 +41,17 @@ pub fn quantize_weighted(
     if importance.iter().any(|v| !v.is_finite() || *v < 0.0) {
         return Err(Error::InvalidArgument(format!("tensor {name:?}: importance must be finite and not negative")));
     }
-    check_range(data, name)?;
     let groups = width / GROUP_SIZE;
     let planes = codes.par_chunks_mut(groups * CODE_BYTES).zip(scales.par_chunks_mut(groups * SCALE_BYTES));
-    data.par_chunks(width).zip(planes).enumerate().try_for_each(|(row, (x, (codes, scales)))| {
-        if stop.load(Ordering::Relaxed) {
-            return Err(Error::Interrupted);
-        }
+    let encode = |(row, (x, (codes, scales)))| {
+        alive(stop)?;
         let first = row / (rows / kinds) * width;
         dispatch(Row { x, importance: &importance[first..first + width], codes, scales });
         Ok(())
+    };
+    pool::install(|| {
+        check_range(data, name, stop)?;
+        data.par_chunks(width).zip(planes).enumerate().try_for_each(encode)
     })
 }
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.torchscript.operators import call
 from torch_to_nnef.torch_internals import JitBlock, JitGraph, JitNode, inline_calls
+from torch_to_nnef.turns import in_this_thread
 
 # Calls of methods, under a name that torch's inliner, wanted for functions only, does not know.
 _METHOD = "t2n::CallMethod"
@@ -28,7 +29,8 @@ def interpreted_functions() -> Iterator[None]:
     def interpret(function: torch.jit.ScriptFunction[Any, Any], *args: Any, **kwargs: Any) -> Any:
         return Code(function.graph, function.schema)(*args, **kwargs)
 
-    with mock.patch.object(torch.jit.ScriptFunction, "__call__", interpret):
+    otherwise = torch.jit.ScriptFunction.__call__
+    with mock.patch.object(torch.jit.ScriptFunction, "__call__", in_this_thread(interpret, otherwise)):
         yield
 
 

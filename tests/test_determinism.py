@@ -1,0 +1,44 @@
+"""One hash a model: whatever the threads, the hash seed, the working folder, the umask, and how often it is exported."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from golden import MODELS, VERSIONS, digests
+
+HERE = Path(__file__).parent
+GOLDEN = json.loads((HERE / "golden.json").read_text())
+
+
+def elsewhere(folder, threads, seed, umask, repeats):
+    """The digests that a process of its own prints, a dict a repeat."""
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "RAYON_NUM_THREADS": str(threads)}
+    command = [sys.executable, HERE / "golden.py", str(threads), str(repeats)]
+    run = subprocess.run(command, cwd=folder, env=environment, umask=umask, check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_another_process_makes_the_same_bytes(tmp_path):
+    (found,) = elsewhere(tmp_path, 3, 12345, 0o077, 1)
+    assert found.items() >= digests(("mlp in a tar", "q40", "int8")).items()
+    if GOLDEN["versions"] != VERSIONS:
+        pytest.skip(f"captures differ between versions; the committed hashes are of {GOLDEN['versions']}")
+    assert found == GOLDEN["sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nothing_but_the_model_decides(tmp_path):
+    found = []
+    for threads, seed, umask in itertools.product((1, 2, 7), (0, 1, 4242), (0o000, 0o077)):
+        folder = tmp_path / f"{threads} {seed} {umask} é"
+        folder.mkdir()
+        found += elsewhere(folder, threads, seed, umask, 2)
+    assert len(found) == 36
+    assert all(hashes == found[0] for hashes in found)
+    assert found[0].keys() == MODELS.keys()

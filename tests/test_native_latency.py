@@ -1,0 +1,168 @@
+"""Every native call that can take long: Ctrl-C is answered within 150 ms, and other Python threads run meanwhile."""
+
+import contextlib
+import itertools
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from torch_to_nnef import _native
+
+LIMIT = 0.15  # seconds
+ATTEMPTS = 4  # the machine is shared: the best counts
+N = 1 << 22  # elements
+
+
+def graph(shape, step, count):
+    """`count` times `step` of the value before."""
+    lines = "".join(f"y{i + 1} = {step.format(f'y{i}')};\n" for i in range(count))
+    head = "version 1.0;\nextension tract_registry tract_core;\n"
+    return f"{head}graph net(x) -> (y{count}) {{\nx = external<scalar>(shape = {shape});\ny0 = copy(x);\n{lines}}}\n"
+
+
+ARCHIVES = {
+    "large.tgz": {"graph.nnef": graph([4], "copy({})", 1), "w": np.zeros(1 << 26, np.uint8)},
+    "long.tar": {"graph.nnef": graph([4], "{} + 1.0", 2000)},
+    "slow.tar": {"graph.nnef": graph([256, 256], "matmul({}, x)", 400)},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Arrays, files and models for all calls."""
+    folder = tmp_path_factory.mktemp("latency")
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal(N, dtype=np.float32)
+    floats = data.view(np.uint8)
+    codes, scales = np.zeros(N // 2, np.uint8), np.zeros(N // 16, np.uint8)
+    _native.q40_quantize(floats, "f32", "signed_extreme", 1.0, "w", codes, scales)
+    for name, entries in ARCHIVES.items():
+        writer = _native.ArchiveWriter(folder / name, name[-3:], 1)
+        for label, value in entries.items():
+            if isinstance(value, str):
+                writer.add_text(label, value)
+            else:
+                writer.add_tensor(label, "u8", [value.size], value)
+        writer.finish()
+    _native.write_dat(folder / "w.dat", "f32", [N], floats)
+    model = _native.Model.load(folder / "slow.tar")
+    return {"folder": folder, "data": data, "floats": floats, "codes": codes, "scales": scales, "model": model}
+
+
+def hessian(m):
+    width = 4096
+    rows = m["data"][: 64 * width]
+    eye = np.eye(width, dtype=np.float32) + np.float32(1e-3)
+    codes, scales = np.zeros(rows.size // 2, np.uint8), np.zeros(rows.size // 16, np.uint8)
+    order, importance = np.arange(width, dtype=np.uint32), np.ones(width, np.float32)
+    return lambda: _native.q40_quantize_hessian(
+        rows, width, eye.ravel(), 0.0, eye.ravel(), order, importance, 8, "w", codes, scales
+    )
+
+
+def archive(m, form):
+    writer = _native.ArchiveWriter(m["folder"] / "target", form, 9)
+    count = iter(range(1 << 20))
+    return lambda: writer.add_tensor(f"w{next(count)}", "u8", [m["floats"].size], m["floats"])
+
+
+def session(m):
+    held = m["model"].session([])
+    return lambda: held.run([np.ones((256, 256), np.float32)])
+
+
+def q40(call, *names):
+    """`call` with these arrays; those that are written are copies."""
+    written = {"codes_out": "codes", "scales_out": "scales", "floats_out": "floats"}
+
+    def prepared(m):
+        arrays = {name: m[of].copy() for name, of in written.items()}
+        arrays["blocks"] = np.zeros(N // 32 * 18, np.uint8)
+        arguments = [{**m, **arrays}.get(n, n) if isinstance(n, str) else n for n in names]
+        return lambda: call(*arguments)
+
+    return prepared
+
+
+ONES = np.ones(1024, np.float32)
+CALLS = {
+    "quantize": q40(_native.q40_quantize, "floats", "f32", "scale_search", 1.0, "w", "codes_out", "scales_out"),
+    "quantize with scales": q40(_native.q40_quantize_with_scales, "floats", "f32", "w", "scales", "codes_out"),
+    "quantize weighted": q40(_native.q40_quantize_weighted, "data", 1024, ONES, "w", "codes_out", "scales_out"),
+    "quantize hessian": hessian,
+    "dequantize": q40(_native.q40_dequantize, "codes", "scales", "f32", "floats_out"),
+    "squared error": q40(_native.q40_squared_error, "codes", "scales", "f32", "floats", "f32"),
+    "join": q40(_native.q40_join, "codes", "scales", "blocks"),
+    "split": q40(_native.q40_split, "blocks", "codes_out", "scales_out"),
+    "write dat": lambda m: lambda: _native.write_dat(m["folder"] / "new.dat", "f32", [N], m["floats"]),
+    "write dat q40": lambda m: (
+        lambda: _native.write_dat_q40(m["folder"] / "new.dat", [N // 32, 32], m["codes"], m["scales"])
+    ),
+    "read dat": lambda m: lambda: _native.read_dat(m["folder"] / "w.dat"),
+    "folder": lambda m: archive(m, "folder"),
+    "tgz": lambda m: archive(m, "tgz"),
+    "entries": lambda m: lambda: _native.archive_entries(m["folder"] / "large.tgz"),
+    "read": lambda m: lambda: _native.archive_read(m["folder"] / "large.tgz", "w.dat", 1 << 30),
+    "preflight": lambda m: lambda: _native.preflight(m["folder"] / "large.tgz"),
+    "load": lambda m: lambda: _native.Model.load(m["folder"] / "long.tar"),
+    "load bytes": lambda m: lambda: _native.Model.load_bytes((m["folder"] / "long.tar").read_bytes()),
+    "run": lambda m: lambda: m["model"].run([np.ones((256, 256), np.float32)]),
+    "session": session,
+}
+
+
+class CtrlC(KeyboardInterrupt):
+    """Raised by the handler, as Python's own is."""
+
+
+@contextlib.contextmanager
+def ticking():
+    """A thread that notes the time; gives the list."""
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.wait(0.002):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        yield ticks
+    finally:
+        done.set()
+        thread.join()
+
+
+def latency(call):
+    """`(seconds from the signal until it is raised here, longest silence of another thread meanwhile)`."""
+
+    def interrupt(*_):
+        raise CtrlC
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    with ticking() as ticks:
+        start = time.perf_counter()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            while True:
+                call()
+        except CtrlC:
+            end = time.perf_counter()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    times = [start, *(t for t in ticks if t < end), end]
+    return end - start - 0.1, max(b - a for a, b in itertools.pairwise(times))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ctrl_c_is_answered_and_other_threads_run(made, name):
+    found = []
+    for _ in range(ATTEMPTS):
+        found.append(latency(CALLS[name](made)))
+        if max(found[-1]) < LIMIT:
+            return
+    pytest.fail(f"(Ctrl-C, silence) in seconds: {found}")
