@@ -17,7 +17,9 @@ def quantize_shards(
     checkpoint: Annotated[
         Path, Argument(metavar="CHECKPOINT_DIR", help="Folder with a checkpoint in safetensors.", show_default=False)
     ],
-    out: Annotated[Path, Argument(metavar="OUT", help="Folder to write; the same for all workers.", show_default=False)],
+    out: Annotated[
+        Path, Argument(metavar="OUT", help="Folder to write; the same for all workers.", show_default=False)
+    ],
     shard: Annotated[str, Option("--shard", metavar="I/N", help="Do the share of worker I of N.")] = "1/1",
     method: Annotated[
         str, Option("-c", "--method", "--compression-method", help="Key of the registry; a method without data.")
@@ -36,10 +38,10 @@ def quantize_shards(
     fallback: Annotated[
         Fallback | None, Option(help="Weights with rows that Q40 cannot hold: f16, pad, error, or as they are.")
     ] = LlmOptions.fallback,
-    files: Annotated[
-        int, Option(min=1, help="Files to write, about; as many workers can share the work.")
-    ] = 32,
-    ray: Annotated[bool, Option("--ray", help="Run on a Ray cluster that reaches both folders; needs the extra [ray].")] = False,
+    files: Annotated[int, Option(min=1, help="Files to write, about; as many workers can share the work.")] = 32,
+    ray: Annotated[
+        bool, Option("--ray", help="Run on a Ray cluster that reaches both folders; needs the extra [ray].")
+    ] = False,
     ray_address: Annotated[str | None, Option(help="Of the cluster; none: start one on this machine.")] = None,
     retries: Annotated[int, Option(min=0, help="Of a file, after its worker was lost or could not write.")] = 3,
     trust_remote_code: Annotated[bool, Option(help="Run code that comes with the checkpoint.")] = False,

@@ -41,7 +41,7 @@ class Checkpoint:
 
     name: slug, or name of the folder or GGUF file. folder: config, weights and tokenizer. config: of the (base) model.
     gguf: the file in `folder` that holds all of them. slug: where in the hub weights come from that `folder` may lack.
-    adapter: folder of a PEFT adapter that `load` merges in. packed: whether `t2n quantize-shards` wrote it.
+    adapter: folder of a PEFT adapter that `load` merges in. packed: method by which `t2n quantize-shards` packed it.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Checkpoint:
     slug: str | None = None
     adapter: Path | None = None
     trust_remote_code: bool = False
-    packed: bool = False
+    packed: str | None = None
 
     @classmethod
     def find(cls, options: LlmOptions) -> Checkpoint:
@@ -276,8 +276,8 @@ def _base_of(adapter: Path) -> tuple[str, bool]:
     return (base, True) if folder is None else (str(folder), False)
 
 
-def _config(place: _Place, trust_remote_code: bool) -> tuple[PreTrainedConfig, bool]:
-    """The config, and whether its weights were packed by us."""
+def _config(place: _Place, trust_remote_code: bool) -> tuple[PreTrainedConfig, str | None]:
+    """The config, and the method by which we packed its weights."""
     from transformers import AutoConfig
 
     if place.gguf is None and not (place.folder / "config.json").exists():

@@ -85,8 +85,7 @@ class WorkList:
             if not path.is_file():
                 return None
             stored = json.loads(path.read_bytes())
-            if stored["version"] != _VERSION:
-                raise ValueError(f"version {stored['version']} is not {_VERSION}")
+            _check_version(stored["version"])
             outputs = tuple(_output(output) for output in stored["outputs"])
             return cls(dict(stored["options"]), dict(stored["sources"]), outputs)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as damage:
@@ -181,6 +180,11 @@ def _entry(name: str, shape: Any, dtype: str, extents: Any, uses: Any, method: s
     ):
         raise ValueError(f"`{name}` of shape {shape} has not as many bytes")
     return Entry(name, tuple(shape), dtype, extents, tuple(Use(use).value for use in uses), method)
+
+
+def _check_version(version: object) -> None:
+    if version != _VERSION:
+        raise ValueError(f"version {version} is not {_VERSION}")
 
 
 def _check_name(file: str) -> None:

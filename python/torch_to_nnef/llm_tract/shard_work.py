@@ -42,11 +42,10 @@ def quantize_output(work: WorkList, number: int, checkpoint: Path, out: Path, pr
         if progress:
             progress(entry.nbytes, entry.name)
     try:
-        made = {name: offloaded_tensors(part).get(name) for name, part in parts.items()}
-        tensors = {entry.name: made.get(entry.name) for entry in output.entries}
+        made = {name: tensor for part in parts.values() for name, tensor in offloaded_tensors(part).items()}
         # What a method leaves is copied from the checkpoint.
-        left = {entry.name: sources.tensor(entry) for entry in output.entries if tensors[entry.name] is None}
-        save_safetensors({name: left.get(name, tensor) for name, tensor in tensors.items()}, folder / output.name)
+        left = {entry.name: sources.tensor(entry) for entry in output.entries if entry.name not in made}
+        save_safetensors(made | left, folder / output.name)
         (folder / output.name).replace(target)
     except (T2NErrorNotFoundFile, FileNotFoundError):
         if not target.exists():  # else another worker was faster, and cleared up

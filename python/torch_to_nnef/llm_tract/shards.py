@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -92,8 +92,8 @@ def quantize_shards(
         progress: `(bytes of weights done, all bytes of this share, name)`.
 
     Raises:
-        T2NErrorInvalidArgument: A method that needs data or is not there; a share that is none; a folder with something else in it, or begun
-            with other options or another checkpoint.
+        T2NErrorInvalidArgument: A method that needs data or is not there; a share that is none; a folder with something else in it, or
+            begun with other options or another checkpoint.
         T2NErrorNotFoundFile, T2NErrorNotImplemented: No checkpoint, one that is no safetensors, or is quantized already.
         T2NErrorImpossibleQuantization: A weight holds NaN, Inf or values beyond Q40.
         T2NErrorRuntime: The system cannot write; the work list stays, and the same call goes on.
@@ -201,7 +201,7 @@ def _uses(options: LlmOptions, found: Checkpoint, signature: Signature, model: A
 def _entries(
     model: Any, uses: Mapping[str, Any], options: LlmOptions, stored: Mapping[Path, str], out: Path
 ) -> list[Entry]:
-    """Every tensor that the model's state holds, shared ones once; those that are not bytes of the checkpoint are written to the work folder."""
+    """Every tensor of the model's state, shared ones once; those that are not bytes of the checkpoint are written to the work folder."""
     held, kept = ModTensorUpdater(model), model.state_dict().keys()
     tensors = {name: tensor for name, tensor in held.tensors() if name in kept}
     files = {str(path): name for path, name in stored.items()}
@@ -218,7 +218,7 @@ def _entries(
         files[str(path)] = COMPUTED
     methods = _methods(model, uses, options)
     entries = []
-    for name, tensor in tensors.items():
+    for name, tensor in cast("Mapping[str, OffloadedTensor]", tensors).items():
         used = sorted(use.value for use in uses.get(name, ()))
         extents = tuple((files[e.file.name], e.offset, e.nbytes) for e in tensor.extents)
         method = methods.get(name) if used else None

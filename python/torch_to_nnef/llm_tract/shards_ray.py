@@ -47,7 +47,13 @@ def on_ray(address: str | None = None, retries: int = 3, **init: Any) -> Run:
 
 
 def _run(
-    ray: Any, work: WorkList, numbers: Sequence[int], checkpoint: Path, out: Path, progress: Progress | None, retries: int
+    ray: Any,
+    work: WorkList,
+    numbers: Sequence[int],
+    checkpoint: Path,
+    out: Path,
+    progress: Progress | None,
+    retries: int,
 ) -> None:
     task = ray.remote(max_retries=retries, retry_exceptions=[T2NErrorRuntime, OSError])(quantize_output)
     shared = ray.put(work)

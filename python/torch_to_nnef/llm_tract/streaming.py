@@ -90,13 +90,13 @@ def mark(config: dict[str, Any], method: str) -> dict[str, Any]:
     return {**config, "quantization_config": {"quant_method": _OURS, "method": method}}
 
 
-def take_mark(config: PreTrainedConfig) -> bool:
-    """Whether `config` has that mark, which is taken off."""
+def take_mark(config: PreTrainedConfig) -> str | None:
+    """The method that `config` is marked with, the mark taken off; None if it has none."""
     quantization = getattr(config, "quantization_config", None)
-    ours = quantization is not None and _method(quantization) == _OURS
-    if ours:
-        del config.quantization_config
-    return ours
+    if not isinstance(quantization, Mapping) or _method(quantization) != _OURS:
+        return None
+    del config.quantization_config
+    return str(quantization.get("method"))
 
 
 _OURS = "torch_to_nnef"

@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
 from torch_to_nnef.log import LOGGER
-from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
+from torch_to_nnef.tensor.offload import loaded
 from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.quant.serialize import offloaded_tensors
 from torch_to_nnef.tensor.updater import ModTensorUpdater
