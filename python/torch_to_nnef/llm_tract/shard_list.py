@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -16,9 +17,13 @@ from typing import Any
 
 import torch
 
-from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.exceptions import (
+    T2NErrorInconsistentTensor,
+    T2NErrorInvalidArgument,
+    T2NErrorNotFoundFile,
+    T2NErrorRuntime,
+)
 from torch_to_nnef.quantize.targets import Use
-from torch_to_nnef.report.files import write_text
 from torch_to_nnef.tensor.extents import DTYPE_NAMES, ByteFile, Extent
 from torch_to_nnef.tensor.offload import OffloadedTensor
 
@@ -75,7 +80,7 @@ class WorkList:
 
     def save(self, out: Path) -> None:
         """Write it to `out`, in one step."""
-        write_text(out / MANIFEST, json.dumps({"version": _VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n")
+        put(out, MANIFEST, json.dumps({"version": _VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n")
 
     @classmethod
     def load(cls, out: Path) -> WorkList | None:
@@ -129,6 +134,19 @@ class Sources:
 
     def _path(self, name: str) -> Path:
         return self.out / WORK / COMPUTED[1:] if name == COMPUTED else self.checkpoint / name
+
+
+def put(out: Path, name: str, content: str | bytes) -> None:
+    """Replace `out/name` in one step; what a kill leaves is in the work folder. Raises `T2NErrorRuntime` when the system refuses."""
+    beside = out / WORK / name
+    try:
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(out / name)
+    except OSError as error:
+        raise T2NErrorRuntime(f"cannot write {out / name}: {error}") from error
 
 
 def digest_of(path: Path) -> str:

@@ -32,12 +32,12 @@ from torch_to_nnef.llm_tract.shard_list import (
     divided,
     dtype_name,
     named,
+    put,
 )
 from torch_to_nnef.llm_tract.shard_work import quantize_output, sync
 from torch_to_nnef.llm_tract.streaming import mark
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection, find_targets
-from torch_to_nnef.report.files import write_text
 from torch_to_nnef.tensor.checkpoint import INDEX
 from torch_to_nnef.tensor.offload import OffloadedTensor, offloaded_safetensors
 from torch_to_nnef.tensor.quant import save_safetensors
@@ -250,7 +250,7 @@ def _complete(work: WorkList, checkpoint: Path, out: Path) -> Shards:
     if len(done) == len(paths) and not (out / INDEX).exists():
         _copy_description(work, checkpoint, out)
         names = {entry.name: output.name for output in work.outputs for entry in output.entries}
-        write_text(out / INDEX, json.dumps({"metadata": {"total_size": after}, "weight_map": names}, indent=1) + "\n")
+        put(out, INDEX, json.dumps({"metadata": {"total_size": after}, "weight_map": names}, indent=1) + "\n")
         sync(out)
     if len(done) == len(paths):
         shutil.rmtree(out / WORK, ignore_errors=True)
@@ -265,8 +265,8 @@ def _copy_description(work: WorkList, checkpoint: Path, out: Path) -> None:
         raise T2NErrorNotFoundFile(f"cannot read {checkpoint / 'config.json'}: {error}") from error
     except ValueError as error:
         raise T2NErrorInconsistentTensor(f"{checkpoint / 'config.json'} is no JSON: {error}") from error
+    (out / WORK).mkdir(exist_ok=True)
     for path in sorted(chain.from_iterable(checkpoint.glob(pattern) for pattern in hub.DESCRIPTION)):
         if path.is_file() and not path.name.endswith(".index.json") and path.name not in ("config.json", MANIFEST):
-            shutil.copyfile(path, out / path.name)
-    marked = mark(config, str(work.options["method"]))
-    write_text(out / "config.json", json.dumps(marked, indent=2) + "\n")
+            put(out, path.name, path.read_bytes())
+    put(out, "config.json", json.dumps(mark(config, str(work.options["method"])), indent=2) + "\n")

@@ -86,7 +86,7 @@ def read_into_memory(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def mark(config: dict[str, Any], method: str) -> dict[str, Any]:
-    """The JSON of a config whose weights are packed by `method`: without it, transformers alone would take them for missing."""
+    """The JSON of a config whose weights are packed by `method`; transformers alone would find none of those, and warns of the mark."""
     return {**config, "quantization_config": {"quant_method": _OURS, "method": method}}
 
 
