@@ -52,12 +52,11 @@ def begin(packed, out):
     return out
 
 
-def test_without_ray_it_says_what_to_install(made, tmp_path, monkeypatch):
+def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(T2NErrorRuntime, match=r"torch-to-nnef-native\[ray\]"):
         on_ray()
-    checkpoint, _ = made
-    done = CliRunner().invoke(app, ["quantize-shards", str(checkpoint), str(tmp_path / "out"), "--ray"])
+    done = CliRunner().invoke(app, ["quantize-shards", str(tmp_path), str(tmp_path / "out"), "--ray"])
     assert done.exit_code == 2
     assert not (tmp_path / "out").exists()
 

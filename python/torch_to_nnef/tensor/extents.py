@@ -140,10 +140,17 @@ def read_into(extents: Sequence[Extent], tensor: torch.Tensor) -> None:
 
 
 def own_memory(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """As `torch.empty`, but large ones not from malloc: megabytes that come and go leave holes there, and it grows."""
+    """As `torch.empty`, but large ones not from malloc: megabytes that come and go leave holes there, and it grows.
+
+    Raises `T2NErrorRuntime` where memory is short.
+    """
     if (nbytes := prod(shape) * dtype.itemsize) < _LARGE:
         return torch.empty(tuple(shape), dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY), dtype=dtype).view(tuple(shape))
+    try:
+        pages = mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY)
+    except (OSError, OverflowError) as error:
+        raise T2NErrorRuntime(f"no memory for a tensor of shape {list(shape)}, {nbytes} bytes: {error}") from error
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
 def safetensors_extents(path: Path) -> Iterator[tuple[str, Extent, torch.dtype, tuple[int, ...]]]:

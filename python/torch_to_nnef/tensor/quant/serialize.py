@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from torch_to_nnef.exceptions import (
+    T2NError,
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
     T2NErrorNotFoundFile,
@@ -131,7 +132,7 @@ def offloaded_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         raise T2NErrorInconsistentTensor(f"{path} is damaged: {type(damage).__name__}: {damage}") from damage
 
 
-_DAMAGE = (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError)
+_DAMAGE = (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, T2NError)
 
 
 def _assembled(
