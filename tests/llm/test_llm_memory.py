@@ -21,12 +21,15 @@ from torch_to_nnef.tensor.offload import offloaded_safetensors
 from torch_to_nnef.tensor.quant import quantize_q40
 
 CHILD = Path(__file__).with_name("export_in_child.py")
+LIMITED = Path(__file__).with_name("limited_in_child.py")
 MIB, GIB = 1 << 20, 1 << 30
 # 4.5 bits a weight.
 PACKED = 4.5 / 8
 
 # 160 million weights in a few layers, since capture costs by layers: 320 MB in bf16, 640 in f32, 90 packed.
 TWIN = Llama(hidden=2048, intermediate=8192, layers=2, heads=16, key_value_heads=8, vocabulary=8192)
+# Two tables of 96 MiB in bf16, and little else.
+WIDE = Llama(hidden=1024, intermediate=2048, layers=1, heads=8, key_value_heads=4, vocabulary=49152)
 
 
 def export(checkpoint, folder, method, dtype="f32"):
@@ -51,6 +54,19 @@ def test_memory_does_not_grow_with_the_model(twin, tmp_path):
     # Holding all packed weights would take 86 MiB more, the checkpoint 304.
     assert grown < (4 + 2 * PACKED) * TWIN.largest() + 32 * MIB, f"{grown / MIB:.0f} MiB"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "tiny", "tiny-out"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is kept on Linux alone")
+@pytest.mark.parametrize("what", ["export", pytest.param("shards", marks=pytest.mark.slow)])
+def test_the_largest_tensor_sets_the_limit(what, tmp_path):
+    """No more address space than a small model takes, 1.2 times the largest tensor as it is stored, and 64 MiB."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", WIDE, shard_bytes=128 * MIB)
+    program = [sys.executable, str(LIMITED), what, str(checkpoint), str(tmp_path / "out"), str(2 * WIDE.largest())]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["limit"] == found["baseline"] + 2 * WIDE.largest() * 6 // 5 + 64 * MIB
+    assert found["peak"] <= found["limit"]
 
 
 @pytest.mark.parametrize("method", [None, "q40"])

@@ -9,6 +9,7 @@ import typer
 from torch_to_nnef._native import __version__, tract_version
 from torch_to_nnef.cli.chat import chat
 from torch_to_nnef.cli.compare import compare
+from torch_to_nnef.cli.quantize_shards import quantize_shards
 from torch_to_nnef.cli.sensitivity import sensitivity
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
@@ -31,4 +32,5 @@ def t2n(
 
 app.command("chat")(chat)
 app.command("compare")(compare)
+app.command("quantize-shards")(quantize_shards)
 app.command("sensitivity")(sensitivity)

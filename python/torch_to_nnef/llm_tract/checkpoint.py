@@ -22,8 +22,9 @@ from torch_to_nnef.exceptions import (
     T2NErrorRuntime,
 )
 from torch_to_nnef.llm_tract import hub
-from torch_to_nnef.llm_tract.streaming import load_offloaded
+from torch_to_nnef.llm_tract.streaming import load_offloaded, read_into_memory, take_mark
 from torch_to_nnef.log import LOGGER
+from torch_to_nnef.tensor.checkpoint import few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ class Checkpoint:
 
     name: slug, or name of the folder or GGUF file. folder: config, weights and tokenizer. config: of the (base) model.
     gguf: the file in `folder` that holds all of them. slug: where in the hub weights come from that `folder` may lack.
-    adapter: folder of a PEFT adapter that `load` merges in.
+    adapter: folder of a PEFT adapter that `load` merges in. packed: method by which `t2n quantize-shards` packed it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Checkpoint:
     slug: str | None = None
     adapter: Path | None = None
     trust_remote_code: bool = False
+    packed: str | None = None
 
     @classmethod
     def find(cls, options: LlmOptions) -> Checkpoint:
@@ -70,10 +72,14 @@ class Checkpoint:
         if (place.folder / hub.ADAPTER_CONFIG).exists():  # transformers would load it unasked
             instead = "merge that one first" if options.merge_peft else "pass -mp to merge it into its base model"
             raise T2NErrorInvalidArgument(f"{place.name} is a PEFT adapter: {instead}")
+        config, packed = _config(place, options.trust_remote_code)
+        if packed and adapter is not None:
+            raise T2NErrorInvalidArgument(f"{place.name} is packed: merge the adapter before it is quantized")
         return cls(
             name=name,
             folder=place.folder,
-            config=_config(place, options.trust_remote_code),
+            config=config,
+            packed=packed,
             gguf=place.gguf,
             slug=place.slug,
             adapter=adapter,
@@ -162,9 +168,12 @@ class Checkpoint:
             "attn_implementation": attention,
             "trust_remote_code": self.trust_remote_code,
         }
-        if self._offloads(device_map, dtype):
+        offloads = self._offloads(device_map, dtype)
+        if offloads or self.packed:
             with _told(f"load {self.name}"):
                 model: PreTrainedModel = load_offloaded(self.folder, self.config, **how)
+            if not offloads:
+                model = read_into_memory(model)
         else:
             device_map = "cpu" if device_map == "t2n_auto" else device_map
             model = self._load_in_memory(device_map=device_map, **how)
@@ -183,7 +192,7 @@ class Checkpoint:
             return True
         if device_map != "t2n_auto" or resident is not None:
             return False
-        needed, free = self.bytes_in_memory(dtype), _free_memory()
+        needed, free = self.nbytes if self.packed else self.bytes_in_memory(dtype), _free_memory()
         LOGGER.info("weights take %.2f GB, %.2f GB of memory are free", needed / 1e9, free / 1e9)
         return needed > free / 2
 
@@ -198,10 +207,10 @@ class Checkpoint:
             model, info = AutoModelForCausalLM.from_pretrained(self.folder, **how)
         if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
             raise T2NErrorRuntime(
-                f"{self.name} lacks {len(lacking)} weights of its model, or has them in other shapes: {hub.few(lacking)}"
+                f"{self.name} lacks {len(lacking)} weights of its model, or has them in other shapes: {few(lacking)}"
             )
         if unused := sorted(info["unexpected_keys"]):
-            LOGGER.warning("%d tensors of %s are not part of the model: %s", len(unused), self.name, hub.few(unused))
+            LOGGER.warning("%d tensors of %s are not part of the model: %s", len(unused), self.name, few(unused))
         return model
 
 
@@ -267,7 +276,8 @@ def _base_of(adapter: Path) -> tuple[str, bool]:
     return (base, True) if folder is None else (str(folder), False)
 
 
-def _config(place: _Place, trust_remote_code: bool) -> PreTrainedConfig:
+def _config(place: _Place, trust_remote_code: bool) -> tuple[PreTrainedConfig, str | None]:
+    """The config, and the method by which we packed its weights."""
     from transformers import AutoConfig
 
     if place.gguf is None and not (place.folder / "config.json").exists():
@@ -275,12 +285,13 @@ def _config(place: _Place, trust_remote_code: bool) -> PreTrainedConfig:
         raise T2NErrorNotFoundFile(f"{place.name} has no config.json and is no GGUF file{hint}")
     with _told(f"read the config of {place.name}"):
         config = AutoConfig.from_pretrained(place.folder, **_source(place.gguf, trust_remote_code))
+    packed = take_mark(config)
     if (quantized := getattr(config, "quantization_config", None)) is not None and place.gguf is None:
         how = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise T2NErrorNotImplemented(
             f"the weights of {place.name} are quantized already ({how}): name the checkpoint in float"
         )
-    return config
+    return config, packed
 
 
 def _source(gguf: str | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -33,9 +33,10 @@ from torch_to_nnef.llm_tract.texts import PROSE, QUESTION, windows
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.nnef.names import VariableNamingScheme
 from torch_to_nnef.nnef.writer import write_archive
+from torch_to_nnef.quantize.apply import row_of
 from torch_to_nnef.quantize.budget import Budget
-from torch_to_nnef.quantize.rows import TensorRow, recording
-from torch_to_nnef.quantize.targets import Selection
+from torch_to_nnef.quantize.rows import TensorRow, record, recording
+from torch_to_nnef.quantize.targets import Selection, find_targets
 from torch_to_nnef.report import Section, Totals
 from torch_to_nnef.report.progress import progress_bars
 from torch_to_nnef.report.words import size
@@ -124,6 +125,9 @@ class Work:
             with self.steps("compress"):
                 if choice.methods:
                     captured, graph = self._compress(choice, captured, graph, layout, bars("compress"))
+                elif self.checkpoint.packed:
+                    for weight in find_targets(self.model, None, Selection(weight_uses(graph))):
+                        record(row_of(weight, None, ""))
             with self.steps("lower"):
                 target = self._target(rows)
                 plan = self._plan(captured, graph, target)
@@ -137,7 +141,7 @@ class Work:
                     found = self._verify(plan, layout, reference)
         report = LlmReport(
             model=self.checkpoint.name,
-            method=self.options.compression_method,
+            method=self.method,
             archive_path=replace(layout, folder=self.options.export_dirpath).archive,
             archive_bytes=archive_bytes,
             rows=tuple(rows),
@@ -154,6 +158,11 @@ class Work:
         self._write(report, layout)
         return report
 
+    @property
+    def method(self) -> str | None:
+        """By which weights are packed, now or before."""
+        return self.options.compression_method or self.checkpoint.packed
+
     def _float_reference(self) -> AbstractContextManager[FloatReference | None]:
         """The model on a text before its weights change."""
         if self.options.no_verify or self.tokenizer is None:
@@ -161,7 +170,8 @@ class Work:
         with self.steps("read a text in float"):
             text = windows(self.tokenizer, self.options.eval_text, context=self.signature.context)
             steps = TorchSteps(self.model, self.signature)
-            return FloatReference(steps, text, self.tokenizer, _extent(self.model)[1])
+            name = "packed torch" if self.checkpoint.packed else "float torch"
+            return FloatReference(steps, text, self.tokenizer, _extent(self.model)[1], name)
 
     def capture(self) -> tuple[Captured, Graph]:
         """The graph of a step, with its symbols."""
@@ -200,8 +210,7 @@ class Work:
         """With properties that say what was done, `rows` being what became of the weights."""
         forced = dict.fromkeys(self.forced, True)
         target = self.options.target(dynamic_axes=self.signature.dynamic_axes, **forced)
-        method = self.options.compression_method
-        said = properties(self.checkpoint, self.signature, target, self.model.dtype, method, rows)
+        said = properties(self.checkpoint, self.signature, target, self.model.dtype, self.method, rows)
         return replace(target, specific_properties=said)
 
     def _plan(self, captured: Captured, graph: Graph, target: TractNNEF) -> Plan:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorNotFoundFile
+from torch_to_nnef.exceptions import T2NErrorNotFoundFile
 from torch_to_nnef.log import LOGGER
+from torch_to_nnef.tensor.checkpoint import INDEX, SINGLE, weight_map
 
 # Everything but weights: config, generation config, index of the shards, tokenizer, chat template.
 DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_SHOWN = 5  # names in a message
 # In order of preference: the index of the shards, the file if there are none.
 _WEIGHTS = (
-    ("model.safetensors.index.json", "model.safetensors"),
+    (INDEX, SINGLE),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 
@@ -75,26 +74,6 @@ def weight_files(folder: Path) -> list[Path]:
 def gguf_files(folder: Path) -> list[str]:
     """Names of the GGUF files in `folder`."""
     return sorted(path.name for path in folder.glob("*.gguf"))
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file beside `index`, the index of shards that says so.
-
-    Raises `T2NErrorInconsistentTensor` if it is damaged, or names files elsewhere.
-    """
-    try:
-        files: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        outside = [name for name in files.values() if Path(name).name != name]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise T2NErrorInconsistentTensor(f"{index} is no index of shards: {type(error).__name__}: {error}") from error
-    if outside:
-        raise T2NErrorInconsistentTensor(f"{index} names files outside of its folder: {few(outside)}")
-    return files
-
-
-def few(names: Sequence[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _shards(index: Path) -> list[str]:

@@ -24,7 +24,7 @@ from torch_to_nnef.turns import one_at_a_time
 Encode = Callable[[torch.Tensor, str], QTensorTractScaleOnly]
 # `(bytes done, all bytes, name of what is next)`.
 Progress = Callable[[int, int, str], None]
-_LARGEST_READ = 256 << 20
+_LARGEST_READ = 32 << 20
 _STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
@@ -122,7 +122,7 @@ def put_packed(
 
 
 def _read(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` in memory, since it is read twice; larger ones than any layer stay on disk, and are walked in pieces."""
+    """`weight` in memory, since it is read twice; large ones stay on disk, and are walked in pieces."""
     return weight if weight.nbytes > _LARGEST_READ else loaded(weight)
 
 

@@ -1,5 +1,6 @@
 """Tensors with more to them than values: quantized, named, replaced together."""
 
+from torch_to_nnef.tensor.checkpoint import t2n_load_checkpoint_and_dispatch
 from torch_to_nnef.tensor.named import NamedTensor, apply_name_to_tensor_in_module
 from torch_to_nnef.tensor.offload import OffloadedTensor
 from torch_to_nnef.tensor.quant import QScalePerGroupF16, QScheme, QTensor, U8Compressor
@@ -14,4 +15,5 @@ __all__ = [
     "QTensor",
     "U8Compressor",
     "apply_name_to_tensor_in_module",
+    "t2n_load_checkpoint_and_dispatch",
 ]

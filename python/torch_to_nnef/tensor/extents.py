@@ -9,6 +9,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -32,7 +33,16 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# What torch and numpy hold.
+_MAX_RANK, _MAX_BYTES = 64, (1 << 63) - 1
 
 
 class ByteFile:
@@ -130,10 +140,17 @@ def read_into(extents: Sequence[Extent], tensor: torch.Tensor) -> None:
 
 
 def own_memory(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """As `torch.empty`, but large ones not from malloc: megabytes that come and go leave holes there, and it grows."""
+    """As `torch.empty`, but large ones not from malloc: megabytes that come and go leave holes there, and it grows.
+
+    Raises `T2NErrorRuntime` where memory is short.
+    """
     if (nbytes := prod(shape) * dtype.itemsize) < _LARGE:
         return torch.empty(tuple(shape), dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY), dtype=dtype).view(tuple(shape))
+    try:
+        pages = mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY)
+    except (OSError, OverflowError) as error:
+        raise T2NErrorRuntime(f"no memory for a tensor of shape {list(shape)}, {nbytes} bytes: {error}") from error
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
 def safetensors_extents(path: Path) -> Iterator[tuple[str, Extent, torch.dtype, tuple[int, ...]]]:
@@ -145,24 +162,43 @@ def safetensors_extents(path: Path) -> Iterator[tuple[str, Extent, torch.dtype, 
 
     """
     file = ByteFile.open(path)
-    try:
+    with _readable(path):
         header, data = _header(file)
         header.pop("__metadata__", None)
         for name, about in header.items():
             yield name, *_entry(file, data, name, about)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as damage:
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a safetensors file. Raises as `safetensors_extents`."""
+    file = ByteFile.open(path)
+    with _readable(path):
+        return dict(_header(file)[0].get("__metadata__", {}))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as damage:
         raise T2NErrorInconsistentTensor(f"{path} is no readable safetensors file: {damage}") from damage
 
 
 def _entry(file: ByteFile, data: int, name: str, about: dict[str, Any]) -> tuple[Extent, torch.dtype, tuple[int, ...]]:
-    (start, stop), shape = about["data_offsets"], tuple(about["shape"])
+    """Where a tensor lies. Sizes are multiplied as Python's integers, which do not overflow; nothing is allocated."""
+    (start, stop), shape = about["data_offsets"], about["shape"]
     if about["dtype"] not in _DTYPES:
         raise ValueError(f"`{name}` has dtype {about['dtype']}, not one of {', '.join(_DTYPES)}")
     dtype = _DTYPES[about["dtype"]]
-    nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
-    if not 0 <= start <= stop <= file.size - data or stop - start != nbytes:
-        raise ValueError(f"`{name}` of shape {list(shape)} cannot lie in bytes {start} to {stop}")
-    return Extent(file, data + start, nbytes), dtype, shape
+    if type(shape) is not list or any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+        raise ValueError(f"`{name}`: sizes and places are integers from 0 on")
+    nbytes = prod(shape) * dtype.itemsize
+    # The product of the others too: torch computes strides of tensors without elements.
+    if len(shape) > _MAX_RANK or prod(n or 1 for n in shape) * dtype.itemsize > _MAX_BYTES:
+        raise ValueError(f"`{name}` of rank {len(shape)} is larger than a tensor can be")
+    if not start <= stop <= file.size - data or stop - start != nbytes:
+        raise ValueError(f"`{name}` of shape {shape} cannot lie in bytes {start} to {stop}")
+    return Extent(file, data + start, nbytes), dtype, tuple(shape)
 
 
 def _header(file: ByteFile) -> tuple[dict[str, Any], int]:

@@ -17,7 +17,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorNotImplemented,
 )
 from torch_to_nnef.tensor.chunks import flat_chunks
-from torch_to_nnef.tensor.offload import offload
+from torch_to_nnef.tensor.offload import loaded, offload
 from torch_to_nnef.tensor.quant.scheme import QScalePerGroupF16, QScheme
 from torch_to_nnef.torch_internals import pytree, without_torch_function
 
@@ -172,6 +172,10 @@ class QTensor(torch.Tensor):
     def offload(self) -> Self:
         """The same codes on disk, in a scratch file (see `torch_to_nnef.tensor.offload`); read when they are used."""
         return self._derive(u8_blob=offload(self.u8_blob), qscheme=self.qscheme.map_tensors(offload))
+
+    def to_memory(self) -> Self:
+        """The inverse of `offload`."""
+        return self._derive(u8_blob=loaded(self.u8_blob), qscheme=self.qscheme.map_tensors(loaded))
 
     @property
     def packed_nbytes(self) -> int:

@@ -6,6 +6,7 @@ Each part of a QTensor `name` is the entry `name::part`; what the parts mean is 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
-from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
+from torch_to_nnef.exceptions import (
+    T2NError,
+    T2NErrorInconsistentTensor,
+    T2NErrorInvalidArgument,
+    T2NErrorNotFoundFile,
+    T2NErrorRuntime,
+)
+from torch_to_nnef.tensor.chunks import flat_chunks
+from torch_to_nnef.tensor.extents import DTYPE_NAMES, raw_memory, safetensors_metadata
+from torch_to_nnef.tensor.offload import OffloadedTensor, offloaded_safetensors
 from torch_to_nnef.tensor.quant.affine import Affine8
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
@@ -26,7 +34,7 @@ from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _KEY = "torch_to_nnef"
 _CLASSES: dict[str, type[QTensor]] = {
@@ -40,8 +48,11 @@ _COMPRESSORS = {c.__name__: c for c in (NibblePacking, BitPacking, Lzma, Huffman
 def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """Write `tensors` (plain ones and QTensors) to `path`, replacing it in one rename. Equal objects are stored once.
 
+    Tensors are written in pieces, so that those on disk are never in memory as a whole. The same tensors give the same bytes.
+
     Raises:
-        T2NErrorInvalidArgument: A QTensor, scheme or codec class this file format does not know.
+        T2NErrorInvalidArgument: A QTensor, scheme or codec class, or a dtype, that this file format does not know.
+        T2NErrorRuntime: The system refuses to write.
 
     """
     entries: dict[str, torch.Tensor] = {}
@@ -53,17 +64,47 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
             aliases[name] = first_name[_identity(tensor)]
         elif isinstance(tensor, QTensor):
             packed[name] = _describe(name, tensor)
-            entries[f"{name}::u8_blob"] = loaded(tensor.u8_blob).contiguous()
-            scheme = tensor.qscheme
-            entries |= {f"{name}::{n}": loaded(getattr(scheme, n)).contiguous() for n in scheme.tensor_names}
+            entries[f"{name}::u8_blob"] = tensor.u8_blob
+            entries |= {f"{name}::{n}": getattr(tensor.qscheme, n) for n in tensor.qscheme.tensor_names}
         else:
-            entries[name] = loaded(tensor).detach().contiguous()
-    path = Path(path)
+            entries[name] = tensor.detach()
     note = json.dumps({"packed": packed, "aliases": aliases}, sort_keys=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        save_file(entries, temporary, metadata={_KEY: note})
-        temporary.replace(path)
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            temporary = Path(folder) / path.name
+            _write(temporary, entries, {_KEY: note})
+            temporary.replace(path)
+    except OSError as error:
+        raise T2NErrorRuntime(f"cannot write {path}: {error}") from error
+
+
+def _write(path: Path, entries: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Header and data, synced; those of wide items first, so that every tensor is aligned to its items."""
+    if unknown := [name for name, tensor in entries.items() if tensor.dtype not in DTYPE_NAMES]:
+        raise T2NErrorInvalidArgument(f"`{unknown[0]}`: safetensors files hold no {entries[unknown[0]].dtype}")
+    order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    stop = 0
+    for name in order:
+        start, stop = stop, stop + entries[name].numel() * entries[name].element_size()
+        about = {"dtype": DTYPE_NAMES[entries[name].dtype], "shape": list(entries[name].shape)}
+        header[name] = {**about, "data_offsets": [start, stop]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        _write_all(file, len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for _, piece in flat_chunks(entries[name]):
+                _write_all(file, raw_memory(piece.cpu()))
+        os.fsync(file.fileno())
+
+
+def _write_all(file: Any, content: Any) -> None:
+    """`file.write` of an unbuffered file may take a part."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
 
 
 def load_safetensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -78,14 +119,32 @@ def load_safetensors(path: str | Path, device: str = "cpu") -> dict[str, torch.T
         raise T2NErrorNotFoundFile(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            note = json.loads((file.metadata() or {}).get(_KEY, '{"packed": {}, "aliases": {}}'))
-            parts = {f"{name}::" for name in note["packed"]}
-            names = [n for n in file.keys() if f"{n.rpartition('::')[0]}::" not in parts]  # noqa: SIM118 (not a mapping)
-            loaded: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in names}
-            loaded |= {name: _restore(file, name, about) for name, about in note["packed"].items()}
-            return loaded | {alias: loaded[name] for alias, name in note["aliases"].items()}
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as damage:
+            return _assembled(list(file.keys()), file.get_tensor, file.metadata() or {})
+    except _DAMAGE as damage:
         raise T2NErrorInconsistentTensor(f"{path} is damaged: {type(damage).__name__}: {damage}") from damage
+
+
+def offloaded_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """As `load_safetensors`, but values, those of QTensors too, are left in the file; raises the same."""
+    parts = offloaded_safetensors(path)
+    try:
+        return _assembled(list(parts), parts.__getitem__, safetensors_metadata(Path(path)))
+    except _DAMAGE as damage:
+        raise T2NErrorInconsistentTensor(f"{path} is damaged: {type(damage).__name__}: {damage}") from damage
+
+
+_DAMAGE = (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, T2NError)
+
+
+def _assembled(
+    names: list[str], get: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """The tensors whose parts `get` gives, by the note about them in `metadata`."""
+    note = json.loads(metadata.get(_KEY, '{"packed": {}, "aliases": {}}'))
+    parts = {f"{name}::" for name in note["packed"]}
+    found: dict[str, torch.Tensor] = {n: get(n) for n in names if f"{n.rpartition('::')[0]}::" not in parts}
+    found |= {name: _restore(get, name, about) for name, about in note["packed"].items()}
+    return found | {alias: found[name] for alias, name in note["aliases"].items()}
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -116,13 +175,13 @@ def _describe(name: str, tensor: QTensor) -> dict[str, Any]:
     }
 
 
-def _restore(file: Any, name: str, about: dict[str, Any]) -> QTensor:
+def _restore(get: Callable[[str], torch.Tensor], name: str, about: dict[str, Any]) -> QTensor:
     scheme_class = _SCHEMES[about["scheme"]]
-    tensors = {n: file.get_tensor(f"{name}::{n}") for n in scheme_class.tensor_names}
+    tensors = {n: get(f"{name}::{n}") for n in scheme_class.tensor_names}
     scheme = scheme_class.from_plain({**about["scheme_state"], **tensors})
     compressors = [_COMPRESSORS[codec](**state) for codec, state in about["compressors"]]
     return _CLASSES[about["class"]].from_packed(
-        file.get_tensor(f"{name}::u8_blob"),
+        get(f"{name}::u8_blob"),
         about["shape"],
         scheme,
         getattr(torch, about["dtype"]),
