@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch_to_nnef.report import html, markdown, terminal
-from torch_to_nnef.report.files import write_text
+from torch_to_nnef.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,7 +6,6 @@ Each part of a QTensor `name` is the entry `name::part`; what the parts mean is 
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile, T2NErrorRuntime
+from torch_to_nnef.files import require_space, staged
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
@@ -41,6 +41,7 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
 
     Raises:
         T2NErrorInvalidArgument: A QTensor, scheme or codec class this file format does not know.
+        T2NErrorRuntime: The system refuses to write, or has too little space.
 
     """
     entries: dict[str, torch.Tensor] = {}
@@ -59,10 +60,12 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
             entries[name] = loaded(tensor).detach().contiguous()
     path = Path(path)
     note = json.dumps({"packed": packed, "aliases": aliases}, sort_keys=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        save_file(entries, temporary, metadata={_KEY: note})
-        temporary.replace(path)
+    with staged(path) as beside:
+        require_space(path, sum(entry.nbytes for entry in entries.values()))
+        try:
+            save_file(entries, beside, metadata={_KEY: note})
+        except (OSError, SafetensorError) as error:
+            raise T2NErrorRuntime(f"cannot write {str(path)!r}: {error}") from error
 
 
 def load_safetensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
