@@ -200,6 +200,11 @@ pub fn sweep(folder: &Path) {
     }
 }
 
+/// [`sweep`] of the folder that holds `target`.
+pub fn sweep_beside(target: &Path) {
+    target.parent().into_iter().for_each(sweep);
+}
+
 /// Moves what is in `aside` to `folder`; what is there already stays.
 fn put_back(aside: &Path, folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(aside)? {

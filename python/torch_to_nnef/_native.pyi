@@ -103,6 +103,9 @@ class Staging:
 def put_in_place(new: str | PathLike[str], target: str | PathLike[str]) -> None:
     """Make a file or folder durable and rename it to `target` on the same file system; one of the same kind there is replaced in one step."""
 
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write UTF-8 to a file that is replaced whole or not at all, durably; its folder exists, and is swept first."""
+
 def sweep(folder: str | PathLike[str]) -> None:
     """Remove what killed processes left unfinished in `folder`."""
 

@@ -51,14 +51,6 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text to `path`, in a folder that exists, whole or not at all; raises `T2NErrorRuntime` when the system refuses."""
-    if not path.parent.is_dir():
-        raise T2NErrorRuntime(f"cannot write {os.fspath(path)!r}: there is no such folder")
-    with writing(path), staged(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
 def require_space(path: Path, nbytes: int) -> None:
     """Raise `T2NErrorRuntime` unless the file system of `path` has `nbytes` free; its folder exists. Quotas are not seen."""
     with writing(path):

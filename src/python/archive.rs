@@ -1,6 +1,7 @@
 //! `.dat` files and archives. Contract and docstrings: `_native.pyi`.
 #![expect(clippy::needless_pass_by_value, reason = "pyo3 hands over what it extracted")]
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +14,7 @@ use super::q40::{Bytes, input};
 use crate::archive::{self, Form};
 use crate::dat::{self, DatType, Header, Q40Planes};
 use crate::error::{Error, Result};
-use crate::fsio;
+use crate::fsio::{self, AtomicFile, sweep_beside};
 
 #[pyfunction]
 pub fn read_dat(py: Python<'_>, path: PathBuf) -> PyResult<(&'static str, Vec<usize>, Bytes<'_>)> {
@@ -63,6 +64,16 @@ pub fn archive_read<'py>(py: Python<'py>, path: PathBuf, name: &str, max_bytes: 
 #[pyfunction]
 pub fn put_in_place(py: Python<'_>, new: PathBuf, target: PathBuf) -> PyResult<()> {
     native(py, |stop| fsio::put_in_place(&new, &target, stop))
+}
+
+#[pyfunction]
+pub fn write_text(py: Python<'_>, path: PathBuf, text: &str) -> PyResult<()> {
+    native(py, |_| {
+        sweep_beside(&path);
+        let mut file = AtomicFile::create(&path)?;
+        file.write_all(text.as_bytes()).map_err(Error::io(&path))?;
+        file.commit()
+    })
 }
 
 #[pyfunction]

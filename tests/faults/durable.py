@@ -28,7 +28,8 @@ def calls(lines: Iterable[str], folder: str) -> Iterator[Call]:
         if text.endswith("<unfinished ...>"):
             begun[process] = text.removesuffix("<unfinished ...>")
             continue
-        text = re.sub(r"^<\.\.\. \w+ resumed>", lambda _: begun.pop(process, ""), text)
+        if resumed := re.match(r"<\.\.\. \w+ resumed>", text):
+            text = begun.pop(process, "") + text[resumed.end() :]
         for kind, pattern in _LINES:
             found = pattern.match(text)
             if found and not re.search(r"\) += -1 ", text):

@@ -100,7 +100,7 @@ import sys
 import numpy as np
 from pathlib import Path
 from torch_to_nnef import files
-from torch_to_nnef._native import ArchiveWriter, write_dat
+from torch_to_nnef._native import ArchiveWriter, write_dat, write_text
 version, folder = int(sys.argv[1]), Path(sys.argv[2])
 data = np.full(1 << 16, version, np.uint8)
 for _ in range(25):
@@ -112,7 +112,7 @@ for _ in range(25):
                 writer.add_tensor(label, "u8", [len(data)], data)
             writer.finish()
     write_dat(folder / "w.dat", "u8", [len(data)], data)
-    files.write_text(folder / "report.md", str(version) * 100_000)
+    write_text(folder / "report.md", str(version) * 100_000)
 """
 
 
@@ -121,7 +121,10 @@ def versions(folder):
     for path in (folder / "deep" / name for name in ("m.nnef", "m.nnef.tar", "m.nnef.tgz")):
         if path.is_file():
             text = _native.archive_read(path, "graph.nnef", 10).decode()
-            yield path.name, {text, *(str(_native.archive_read(path, f"{label}.dat", 1 << 20)[-1]) for label in ("a", "b/c"))}
+            yield (
+                path.name,
+                {text, *(str(_native.archive_read(path, f"{label}.dat", 1 << 20)[-1]) for label in ("a", "b/c"))},
+            )
     for name, parts in (("w.dat", lambda p: _native.read_dat(p)[2]), ("report.md", lambda p: p.read_text())):
         if (folder / name).is_file():
             yield name, {str(part) for part in parts(folder / name)}
@@ -158,22 +161,29 @@ def test_the_one_that_ends_last_stays_though_it_began_first(tmp_path):
 
 def test_what_the_dead_left_goes_and_what_is_alive_stays(tmp_path):
     dead = subprocess.Popen(
-        [sys.executable, "-c", f"""
+        [
+            sys.executable,
+            "-c",
+            f"""
 import os
 from torch_to_nnef._native import ArchiveWriter, Staging
 writer = ArchiveWriter({str(tmp_path / "m.nnef.tar")!r}, "tar")
 with Staging({str(tmp_path)!r}):
     print("ready", flush=True)
     os.read(0, 1)
-"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+""",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert dead.stdout.readline() == b"ready\n"
     assert len(list(tmp_path.iterdir())) == 2
-    files.write_text(tmp_path / "x", "")
+    _native.write_text(tmp_path / "x", "")
     assert len(list(tmp_path.iterdir())) == 3
     dead.kill()
     dead.communicate()
     assert len(list(tmp_path.iterdir())) == 3
-    files.write_text(tmp_path / "x", "")
+    _native.write_text(tmp_path / "x", "")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
@@ -191,7 +201,9 @@ def test_too_little_space_is_said_before_the_first_byte(tmp_path, monkeypatch):
     writes = {
         "w.safetensors": lambda path: save_safetensors(tensors, path),
         "tensors": lambda path: export_tensors_to_nnef(tensors, path),
-        "m.nnef.tar": lambda path: export_model_to_nnef(torch.nn.Linear(32, 16), torch.ones(1, 32), path, TractNNEF.latest()),
+        "m.nnef.tar": lambda path: export_model_to_nnef(
+            torch.nn.Linear(32, 16), torch.ones(1, 32), path, TractNNEF.latest()
+        ),
     }
     for name, write in writes.items():
         with pytest.raises(T2NErrorRuntime, match=f"{name}.*takes 2,[01][0-9]+ bytes, and 2,000 are free"):

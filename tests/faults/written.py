@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_tokenizer
 from torch import nn
 
 from torch_to_nnef import export_tensors_to_nnef
-from torch_to_nnef._native import write_dat
+from torch_to_nnef._native import sweep, write_dat
 from torch_to_nnef.exceptions import T2NError
 from torch_to_nnef.export import Naming, Steps, plan_export, staged
 from torch_to_nnef.inference_target import TractNNEF
@@ -30,11 +30,15 @@ from torch_to_nnef.verify.bundle import write_bundle
 
 @dataclass(frozen=True)
 class Kind:
-    """together: all files are of one version; else each is. rewritten: what is there is replaced, not read."""
+    """together: all files are of one version; else each is. rewritten: what is there is replaced, not read.
+
+    quiet: where it cannot be written, a warning says so.
+    """
 
     write: Callable[[Path, int], None]
     together: bool = True
     rewritten: bool = True
+    quiet: bool = False
 
 
 @cache
@@ -54,7 +58,9 @@ def document(version):
 
 @cache
 def report(version):
-    return Report(f"net {version}", None, Path("m.nnef.tar"), 1000, (), Totals.of(()))
+    return Report(
+        model=f"net {version}", method=None, archive_path=Path("m.nnef"), archive_bytes=9, rows=(), totals=Totals.of(())
+    )
 
 
 @cache
@@ -71,6 +77,7 @@ def archive(name, form, level=None):
 
 
 def dat(folder, version):
+    sweep(folder)  # once, as export_tensors_to_nnef does for many
     write_dat(folder / "w.dat", "f32", [64], np.full(256, version, np.uint8))
 
 
@@ -129,5 +136,5 @@ KINDS = {
     "calibration cache": Kind(calibration_cache, rewritten=False),
     "language model": Kind(llm),
     "scratch": Kind(scratch),
-    "debug bundle": Kind(bundle),
+    "debug bundle": Kind(bundle, quiet=True),
 }

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef._native import write_text
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
 from torch_to_nnef.export import staged
-from torch_to_nnef.files import alone_in, write_text, writing
+from torch_to_nnef.files import alone_in, writing
 from torch_to_nnef.llm_tract.model import read_modes
 
 if TYPE_CHECKING:
@@ -135,10 +136,13 @@ class Layout:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Everything beside archive and tests. `modes`: as the function `modes` gives it."""
-        with writing(self.folder):
+        with writing(self.config):
             config.to_json_file(self.config)
-            if tokenizer is not None:
+        if tokenizer is not None:
+            try:
                 tokenizer.save_pretrained(self.tokenizer)
+            except Exception as error:  # tokenizers has no other class for a full disk
+                raise T2NErrorRuntime(f"cannot write the tokenizer {str(self.tokenizer)!r}: {error}") from error
         where = {"archive": self.archive, "config": self.config, "tokenizer": self.tokenizer if tokenizer else None}
         files = {kind: path and path.relative_to(self.folder).as_posix() for kind, path in where.items()}
         write_text(self.modes, json.dumps({**modes, "files": files}, indent=2) + "\n")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.files import staged, writing
 from torch_to_nnef.quantize.calibration import Calibration, as_calibration, opened_npz
 from torch_to_nnef.quantize.sequence import Replay, Stage, order_of
@@ -178,22 +178,23 @@ def calibration_unless_cached(
 
 def _write(path: Path, walk: FloatWalk, about: dict[str, Any]) -> None:
     """Stage by stage, into a file that takes its place at the end."""
+    if not path.parent.is_dir():
+        raise T2NErrorRuntime(f"cannot write the calibration cache {str(path)!r}: there is no such folder")
     stages: list[list[str]] = []
     unused: list[str] = []
-    with staged(path) as beside:
-        with writing(path), zipfile.ZipFile(beside, "x") as archive:
-            for group in walk.groups():
-                targets = group.targets if isinstance(group, Stage) else group
-                names = [target.places[0].fqn for target in targets]
-                statistics = walk.statistics(group) if isinstance(group, Stage) else None
-                if statistics is None:
-                    unused += names
-                    continue
-                for side in _SIDES:
-                    _put_moments(archive, f"{len(stages)}/{side}/", getattr(statistics, side))
-                stages.append(names)
-            about = {"format": _FORMAT, **about, "stages": stages, "unused": unused}
-            _put(archive, "about", np.array(json.dumps(about)))
+    with staged(path) as beside, writing(path), zipfile.ZipFile(beside, "x") as archive:
+        for group in walk.groups():
+            targets = group.targets if isinstance(group, Stage) else group
+            names = [target.places[0].fqn for target in targets]
+            statistics = walk.statistics(group) if isinstance(group, Stage) else None
+            if statistics is None:
+                unused += names
+                continue
+            for side in _SIDES:
+                _put_moments(archive, f"{len(stages)}/{side}/", getattr(statistics, side))
+            stages.append(names)
+        about = {"format": _FORMAT, **about, "stages": stages, "unused": unused}
+        _put(archive, "about", np.array(json.dumps(about)))
 
 
 def _put_moments(archive: zipfile.ZipFile, prefix: str, moments: Moments | None) -> None:

@@ -60,17 +60,26 @@ def _fill(
         arrays = [as_array(tensor) for tensor in inputs.tensors]
         _save(folder / f"inputs_{index}.npz", dict(zip(input_names, arrays, strict=True)))
         for side, run in sides.items():
-            try:
-                outputs = run(inputs)
-            except Exception as failure:  # either side may fail in any way
-                report.append(f"no {side}_{index}.npz: {type(failure).__name__}: {failure}")
+            outcome = _outcome(run, inputs)
+            if isinstance(outcome, Exception):
+                report.append(f"no {side}_{index}.npz: {type(outcome).__name__}: {outcome}")
             else:
-                _save(folder / f"{side}_{index}.npz", outputs)
+                _save(folder / f"{side}_{index}.npz", outcome)
     (folder / "error.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
 
 
 def _save(file: Path, arrays: dict[str, Any]) -> None:
     np.savez(file, **arrays)
+
+
+def _outcome(
+    run: Callable[[InputSet], dict[str, NDArray[Any]]], inputs: InputSet
+) -> dict[str, NDArray[Any]] | Exception:
+    """What it returns or raises: either side may fail in any way."""
+    try:
+        return run(inputs)
+    except Exception as failure:
+        return failure
 
 
 @torch.no_grad()

@@ -14,7 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile, T2NErrorRuntime
+from torch_to_nnef.exceptions import (
+    T2NErrorInconsistentTensor,
+    T2NErrorInvalidArgument,
+    T2NErrorNotFoundFile,
+    T2NErrorRuntime,
+)
 from torch_to_nnef.files import require_space, staged
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor
