@@ -10,8 +10,8 @@ Call = tuple[str, str, str]
 _QUOTED = r'(?:AT_FDCWD<[^>]*>|\d+<(?P<dir{0}>[^>]*)>)?(?:, )?"(?P<path{0}>[^"]*)"'
 _LINES = (
     ("create", re.compile(r"openat\(" + _QUOTED.format(1) + r", [A-Z_|]*O_CREAT")),
-    ("write", re.compile(r"p?writev?(?:64)?\(\d+<(?P<path1>[^>]*)>")),
-    ("fsync", re.compile(r"f(?:data)?sync\(\d+<(?P<path1>[^>]*)>")),
+    ("write", re.compile(r"p?writev?(?:64)?\(\d+<(?P<path1>[^>]*)>(?!\(deleted)")),
+    ("fsync", re.compile(r"f(?:data)?sync\(\d+<(?P<path1>[^>]*)>(?!\(deleted)")),
     ("mkdir", re.compile(r"mkdir(?:at)?\(" + _QUOTED.format(1))),
     ("remove", re.compile(r"(?:unlink(?:at)?|rmdir)\(" + _QUOTED.format(1))),
     ("link", re.compile(r"link(?:at)?\(" + _QUOTED.format(1) + ", " + _QUOTED.format(2))),

@@ -123,8 +123,10 @@ class Case:
             (self.start / "out").is_dir() and (self.start / "out" / "mine.txt").write_text("the user's")
         self.reset()
         self.old = tree(self.place)
+        (base / "begin").mkdir()  # marks for strace
         shim.arm(self.place)
         kind.write(self.place, 1)
+        (base / "end").mkdir()
         self.notes = shim.notes()
         shim.disarm()
         self.new = tree(self.place)

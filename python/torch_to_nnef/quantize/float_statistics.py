@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
 from torch_to_nnef.files import staged, writing
 from torch_to_nnef.quantize.calibration import Calibration, as_calibration, opened_npz
 from torch_to_nnef.quantize.sequence import Replay, Stage, order_of

@@ -132,7 +132,10 @@ class Report:
         return everything
 
     def to_json(self, path: str | PathLike[str]) -> None:
-        """Write `to_dict()` to `path`, replacing it whole. Raises `T2NErrorNotFoundFile` without its folder, `T2NErrorRuntime` if the system refuses."""
+        """Write `to_dict()` to `path`, replacing it whole.
+
+        Raises `T2NErrorNotFoundFile` if its folder is not there, `T2NErrorRuntime` if the system refuses.
+        """
         write_text(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def to_html(self, path: str | PathLike[str]) -> None:
