@@ -1,15 +1,19 @@
 //! Files and folders that appear whole or not at all: written beside their target, synced, renamed over it.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tempfile::{Builder, NamedTempFile, TempDir};
 
 use crate::error::{Error, Result};
 
-/// Start of the name of everything unfinished; what a killed process leaves can be recognised by it.
-pub const TEMP_PREFIX: &str = ".t2n-";
+/// Start of the name of everything unfinished; its end is as long as `RANDOM`.
+pub const TEMP_PREFIX: &str = ".t2n-unfinished-";
+/// Start of the name of a folder that holds, under its own name, one that is being replaced.
+const ASIDE_PREFIX: &str = ".t2n-aside-";
+const RANDOM: usize = 8;
 
 /// A file that takes its place at [`Self::commit`]; dropped before, it leaves nothing.
 #[derive(Debug)]
@@ -26,11 +30,14 @@ impl AtomicFile {
             return Err(Error::InvalidArgument(format!("{} exists and is not a file", target.display())));
         }
         let mut builder = Builder::new();
-        builder.prefix(TEMP_PREFIX);
+        builder.prefix(TEMP_PREFIX).rand_bytes(RANDOM);
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
-        let temp = builder.tempfile_in(parent).map_err(Error::io(target))?;
-        Ok(Self { temp, target: target.to_path_buf() })
+        let temp = owned(|| {
+            let temp = builder.tempfile_in(parent)?;
+            Ok(own(temp.path(), temp.as_file()).then_some(temp))
+        });
+        Ok(Self { temp: temp.map_err(Error::io(target))?, target: target.to_path_buf() })
     }
 
     /// Puts the file in place, durably.
@@ -55,7 +62,7 @@ impl Write for AtomicFile {
 /// A folder that takes its place at [`Self::commit`]; dropped before, it leaves nothing.
 #[derive(Debug)]
 pub struct AtomicFolder {
-    temp: TempDir,
+    temp: OwnedFolder,
     target: PathBuf,
 }
 
@@ -66,7 +73,7 @@ impl AtomicFolder {
         if fs::symlink_metadata(target).is_ok_and(|found| !found.is_dir()) {
             return Err(Error::InvalidArgument(format!("{} exists and is not a folder", target.display())));
         }
-        let temp = Builder::new().prefix(TEMP_PREFIX).tempdir_in(parent).map_err(Error::io(target))?;
+        let temp = OwnedFolder::create(parent, TEMP_PREFIX).map_err(Error::io(target))?;
         Ok(Self { temp, target: target.to_path_buf() })
     }
 
@@ -77,49 +84,196 @@ impl AtomicFolder {
 
     /// Puts the folder in place, durably, then removes the one it replaces.
     pub fn commit(self) -> Result<()> {
-        let Self { temp, target } = self;
-        put_folder(temp.path(), &target)?;
-        let _placed_or_removed = temp.keep();
-        Ok(())
+        sync_folder(self.path())?;
+        put_folder(self.path(), &self.target) // and what is now at `temp` is dropped
     }
 }
 
-/// Renames a finished file or folder to `target`, durably; what was there of the same kind is replaced in one step.
-/// `new` lies on the same file system, synced.
-pub fn put_in_place(new: &Path, target: &Path) -> Result<()> {
+/// A folder beside a target, to write it in; dropped, it is gone, and so are folders made above it that are empty.
+#[derive(Debug)]
+pub struct Staging {
+    folder: OwnedFolder,
+    _above: Made,
+}
+
+impl Staging {
+    /// In `parent`, which is made if need be, and swept.
+    pub fn create(parent: &Path) -> Result<Self> {
+        sweep(parent);
+        let mut above = Made(Vec::new());
+        let folder = owned(|| {
+            above.make(parent)?; // again if another process, which failed, removed it
+            OwnedFolder::create(parent, TEMP_PREFIX).map(Some)
+        });
+        Ok(Self { folder: folder.map_err(Error::io(parent))?, _above: above })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+/// Folders this process made, innermost first; those that are empty go when it is dropped.
+#[derive(Debug)]
+struct Made(Vec<PathBuf>);
+
+impl Made {
+    fn make(&mut self, folder: &Path) -> io::Result<()> {
+        let missing = folder.ancestors().filter(|f| !f.as_os_str().is_empty()).take_while(|f| !f.exists());
+        self.0.extend(missing.map(Path::to_path_buf));
+        fs::create_dir_all(folder)?;
+        self.0.iter().try_for_each(|made| made.parent().map_or(Ok(()), |above| sync(or_here(above))))
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let _in_use = self.0.iter().try_for_each(fs::remove_dir);
+    }
+}
+
+/// An unfinished folder with its lock; dropped, it is gone.
+#[derive(Debug)]
+struct OwnedFolder {
+    temp: TempDir,
+    _lock: Option<File>, // dropped after the folder is gone
+}
+
+impl OwnedFolder {
+    fn create(parent: &Path, prefix: &str) -> io::Result<Self> {
+        owned(|| {
+            let temp = Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent)?;
+            if cfg!(not(unix)) {
+                return Ok(Some(Self { temp, _lock: None })); // folders cannot be opened there
+            }
+            let lock = File::open(temp.path())?;
+            Ok(own(temp.path(), &lock).then_some(Self { temp, _lock: Some(lock) }))
+        })
+    }
+
+    fn path(&self) -> &Path {
+        self.temp.path()
+    }
+}
+
+/// What `make` gives, which a [`sweep`] of another process may take away before it is locked; then it is made again.
+fn owned<T>(mut make: impl FnMut() -> io::Result<Option<T>>) -> io::Result<T> {
+    let mut failed = io::Error::from(ErrorKind::ResourceBusy);
+    for _ in 0..16 {
+        match make() {
+            Ok(Some(made)) => return Ok(made),
+            Ok(None) => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => failed = e,
+            outcome => return outcome.and(Err(failed)),
+        }
+    }
+    Err(failed)
+}
+
+/// Locks `file`, at `path`, as this process's as long as it is open; false if a sweep has it.
+/// Where there are no locks, sweeps get none either.
+fn own(path: &Path, file: &File) -> bool {
+    !matches!(file.try_lock(), Err(TryLockError::WouldBlock)) && path.exists()
+}
+
+/// Removes what processes that are dead left unfinished in `folder`, and puts back what they had moved aside. An error
+/// leaves it for the next time.
+pub fn sweep(folder: &Path) {
+    for entry in fs::read_dir(or_here(folder)).into_iter().flatten().flatten() {
+        let (name, path) = (entry.file_name(), entry.path());
+        let starts = |prefix: &str| {
+            let random = name.to_str().and_then(|name| name.strip_prefix(prefix));
+            random.is_some_and(|r| r.len() == RANDOM && r.bytes().all(|b| b.is_ascii_alphanumeric()))
+        };
+        let Ok(kind) = entry.file_type() else { continue };
+        if starts(TEMP_PREFIX) && kind.is_file() {
+            // Some network file systems lock only what is open for writing.
+            let dead = File::options().write(true).open(&path).is_ok_and(|file| file.try_lock().is_ok());
+            let _left = dead.then(|| fs::remove_file(&path));
+        } else if kind.is_dir() && (starts(TEMP_PREFIX) || starts(ASIDE_PREFIX)) {
+            let Ok(lock) = File::open(&path) else { continue };
+            if lock.try_lock().is_ok() {
+                let _left = if starts(ASIDE_PREFIX) { put_back(&path, folder) } else { fs::remove_dir_all(&path) };
+            }
+        }
+    }
+}
+
+/// [`sweep`] of the folder that holds `target`.
+pub fn sweep_beside(target: &Path) {
+    target.parent().into_iter().for_each(sweep);
+}
+
+/// Moves what is in `aside` to `folder`; what is there already stays.
+fn put_back(aside: &Path, folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(aside)? {
+        let entry = entry?;
+        let target = folder.join(entry.file_name());
+        if !target.exists() {
+            fs::rename(entry.path(), target)?;
+        }
+    }
+    fs::remove_dir_all(aside)
+}
+
+/// Makes a finished file or folder durable and renames it to `target`; what was there of the same kind is replaced in
+/// one step. `new` lies on the same file system.
+pub fn put_in_place(new: &Path, target: &Path, stop: &AtomicBool) -> Result<()> {
     let kind = |path: &Path| fs::symlink_metadata(path).map(|found| found.is_dir());
     let folder = kind(new).map_err(Error::io(new))?;
     if kind(target).is_ok_and(|existing| existing != folder) {
         let wanted = if folder { "folder" } else { "file" };
         return Err(Error::InvalidArgument(format!("{} exists and is not a {wanted}", target.display())));
     }
+    sync_tree(new, stop)?;
     if folder {
-        return put_folder(new, target);
+        put_folder(new, target)?;
+        let _swept_later = fs::remove_dir_all(new);
+        return Ok(());
     }
     fs::rename(new, target).map_err(Error::io(target))?;
     sync_folder(parent_of(target)?)
 }
 
-/// Afterwards nothing is at `new`.
+/// Afterwards what was at `target`, if anything, is at `new`.
 fn put_folder(new: &Path, target: &Path) -> Result<()> {
-    sync_folder(new)?;
     let parent = parent_of(target)?;
     swap_in(new, target, parent).map_err(Error::io(target))?;
-    sync_folder(parent)?;
-    match fs::remove_dir_all(new) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io(new)(e)),
+    sync_folder(parent)
+}
+
+/// Makes files, and folders with all in them, durable; not what links lead to, nor files we may not read, which are
+/// others' and were only linked in.
+fn sync_tree(path: &Path, stop: &AtomicBool) -> Result<()> {
+    if stop.load(Ordering::Relaxed) {
+        return Err(Error::Interrupted);
+    }
+    let kind = fs::symlink_metadata(path).map_err(Error::io(path))?;
+    if kind.is_dir() {
+        for entry in fs::read_dir(path).map_err(Error::io(path))? {
+            sync_tree(&entry.map_err(Error::io(path))?.path(), stop)?;
+        }
+        return sync_folder(path);
+    }
+    match kind.is_file().then(|| File::open(path).and_then(|f| f.sync_all())) {
+        Some(Err(e)) if e.kind() != ErrorKind::PermissionDenied => Err(Error::io(path)(e)),
         _ => Ok(()),
     }
 }
 
 /// Makes the names in `folder` durable.
 pub fn sync_folder(folder: &Path) -> Result<()> {
+    sync(folder).map_err(Error::io(folder))
+}
+
+fn sync(folder: &Path) -> io::Result<()> {
     if cfg!(not(unix)) {
         return Ok(()); // folders cannot be opened there
     }
     match File::open(folder).and_then(|f| f.sync_all()) {
         // Some network file systems offer no sync of folders; there is nothing more to ask of them.
-        Err(e) if !matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Err(Error::io(folder)(e)),
+        Err(e) if !matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Err(e),
         _ => Ok(()),
     }
 }
@@ -127,10 +281,14 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
 /// The folder that holds `path`.
 fn parent_of(path: &Path) -> Result<&Path> {
     match (path.file_name(), path.parent()) {
-        (Some(_), Some(parent)) if parent.as_os_str().is_empty() => Ok(Path::new(".")),
-        (Some(_), Some(parent)) => Ok(parent),
+        (Some(_), Some(parent)) => Ok(or_here(parent)),
         _ => Err(Error::InvalidArgument(format!("{:?} names no file or folder to write", path.display()))),
     }
+}
+
+/// `folder`, or the working folder if it is the empty path.
+fn or_here(folder: &Path) -> &Path {
+    if folder.as_os_str().is_empty() { Path::new(".") } else { folder }
 }
 
 /// Renames `new` to `target` in `parent`; a folder already there ends up at `new`, or is removed by [`move_aside`].
@@ -152,15 +310,14 @@ fn swap_in(new: &Path, target: &Path, parent: &Path) -> io::Result<()> {
     move_aside(new, target, parent)
 }
 
-/// [`swap_in`] by two renames: a process killed between them leaves `target` absent, and its old content in a folder
-/// named [`TEMP_PREFIX`] beside it.
+/// [`swap_in`] by two renames; if the process is killed between them, `target` is absent until the next [`sweep`].
 fn move_aside(new: &Path, target: &Path, parent: &Path) -> io::Result<()> {
-    let aside = Builder::new().prefix(TEMP_PREFIX).tempdir_in(parent)?;
-    let old = aside.path().join("old");
+    let aside = OwnedFolder::create(parent, ASIDE_PREFIX)?;
+    let old = aside.path().join(target.file_name().unwrap_or_default());
     fs::rename(target, &old)?;
     let outcome = fs::rename(new, target);
     if outcome.is_err() && fs::rename(&old, target).is_err() {
-        let _leftover = aside.keep(); // rather than the old content lost
+        let _for_the_sweep = aside.temp.keep(); // rather than the old content lost
     }
     outcome
 }
@@ -175,6 +332,54 @@ mod tests {
         fs::create_dir(&path).unwrap();
         fs::write(path.join(file), "").unwrap();
         path
+    }
+
+    #[test]
+    fn what_the_dead_left_is_swept_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let alive = AtomicFile::create(&path("file")).unwrap();
+        let folder = AtomicFolder::create(&path("folder")).unwrap();
+        let staging = Staging::create(dir.path()).unwrap();
+        for name in [".t2n-unfinished-", ".t2n-unfinished-notes", ".t2n-unfinished-1234567.", ".t2n-12345678", "x"] {
+            fs::write(path(name), "the user's").unwrap();
+        }
+        let kept = fs::read_dir(dir.path()).unwrap().count();
+        fs::write(path(".t2n-unfinished-12345678"), "").unwrap();
+        folder_with(&folder_with(dir.path(), ".t2n-unfinished-abcdEFGH", "file"), "inner", "file");
+        sweep(dir.path());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), kept);
+        alive.commit().unwrap();
+        folder.commit().unwrap();
+        drop(staging);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 7);
+    }
+
+    #[test]
+    fn what_was_moved_aside_comes_back_if_nothing_took_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        for replaced in [false, true] {
+            folder_with(&folder_with(dir.path(), ".t2n-aside-12345678", "x"), "target", "old");
+            if replaced {
+                fs::rename(dir.path().join("target/old"), dir.path().join("target/new")).unwrap();
+            }
+            sweep(dir.path());
+            assert!(dir.path().join(if replaced { "target/new" } else { "target/old" }).exists());
+        }
+        assert!(!dir.path().join(".t2n-aside-12345678").exists());
+    }
+
+    #[test]
+    fn folders_made_for_an_output_go_without_it_and_stay_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let parent = dir.path().join("a/b");
+        drop(Staging::create(&parent).unwrap());
+        assert!(!dir.path().join("a").exists());
+        let staging = Staging::create(&parent).unwrap();
+        fs::write(staging.path().join("x"), "").unwrap();
+        put_in_place(&staging.path().join("x"), &parent.join("x"), &AtomicBool::new(false)).unwrap();
+        drop(staging);
+        assert_eq!(fs::read_dir(&parent).unwrap().count(), 1);
     }
 
     #[test]

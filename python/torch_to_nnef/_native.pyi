@@ -6,6 +6,7 @@ Errors raised: `T2NErrorInvalidArgument`, `T2NErrorImpossibleQuantization`, `T2N
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
@@ -88,8 +89,25 @@ class ArchiveWriter:
     def abort(self) -> None:
         """Remove what was written. Idempotent; `finish` after it raises."""
 
+@final
+class Staging:
+    """A folder `.t2n-unfinished-*` in `parent`, which is made if need be: gone at the end of the block, or of the object.
+
+    First, those of processes that are dead are swept.
+    """
+
+    def __new__(cls, parent: str | PathLike[str]) -> Staging: ...
+    def __enter__(self) -> Path: ...
+    def __exit__(self, error_class: object, error: object, traceback: object) -> None: ...
+
 def put_in_place(new: str | PathLike[str], target: str | PathLike[str]) -> None:
-    """Rename a finished archive to `target` on the same file system, durably; one of the same kind there is replaced in one step."""
+    """Make a file or folder durable and rename it to `target` on the same file system; one of the same kind there is replaced in one step."""
+
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write UTF-8 to a file that is replaced whole or not at all, durably; its folder exists, and is swept first."""
+
+def sweep(folder: str | PathLike[str]) -> None:
+    """Remove what killed processes left unfinished in `folder`."""
 
 def archive_entries(path: str | PathLike[str]) -> list[tuple[str, int]]:
     """`(name, size in bytes)` of every entry of a folder, tar or tgz, without unpacking to disk."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import logging
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from torch_to_nnef._native import put_in_place
+from torch_to_nnef import files
 from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIoQuantity
 from torch_to_nnef.graph.axes import asserted
 from torch_to_nnef.graph.capture import Captured, capture, decompose, eval_mode
@@ -252,15 +251,9 @@ def _properties(target: TractNNEF) -> dict[str, str]:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; put in place of `path` in one step if the block ends well, else removed.
-
-    Tensors that are offloaded meanwhile lie on the same file system.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".t2n-", dir=path.parent) as folder, scratch_in(path.parent):
-        beside = Path(folder) / path.name
+    """`files.staged`; tensors that are offloaded meanwhile lie on the same file system."""
+    with files.staged(path) as beside, scratch_in(path.parent):
         yield beside
-        put_in_place(beside, path)
 
 
 def check(

@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 
 import torch
 
-from torch_to_nnef._native import check_dats, write_dat
+from torch_to_nnef._native import check_dats, sweep, write_dat
 from torch_to_nnef.exceptions import (
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
@@ -17,9 +17,10 @@ from torch_to_nnef.exceptions import (
     T2NErrorNotImplemented,
     T2NErrorRuntime,
 )
+from torch_to_nnef.files import require_space
 from torch_to_nnef.nnef.writer import raw_bytes
 from torch_to_nnef.op.dtypes import tract_dtype
-from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly, load_safetensors
+from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly, load_safetensors, stored_nbytes
 
 _PICKLED = (".pt", ".pth", ".bin")
 
@@ -34,7 +35,7 @@ def export_tensors_to_nnef(name_to_torch_tensors: Mapping[str, torch.Tensor], ou
         T2NErrorInvalidArgument: A name that leaves `output_dir`, is hidden, or is told from another by letter case only; a value that
             is not a tensor with data; a tensor beyond the format (rank above 8, 4 GiB).
         T2NErrorNotImplemented: A dtype tract has not (bfloat16, complex...), or a QTensor class without a file format.
-        T2NErrorRuntime: The system refuses to write.
+        T2NErrorRuntime: The system refuses to write, or has too little space.
 
     """
     output_dir = Path(output_dir)
@@ -45,6 +46,9 @@ def export_tensors_to_nnef(name_to_torch_tensors: Mapping[str, torch.Tensor], ou
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise T2NErrorRuntime(f"cannot make a folder in {output_dir}: {error}") from error
+    for folder in dict.fromkeys(path.parent for path in paths):
+        sweep(folder)
+    require_space(output_dir / "*.dat", sum(map(stored_nbytes, name_to_torch_tensors.values())))
     for path, (name, tensor) in zip(paths, name_to_torch_tensors.items(), strict=True):
         if isinstance(tensor, QTensor):
             tensor.write_in_file(output_dir, name)

@@ -12,7 +12,7 @@ use flate2::{Compression, GzBuilder};
 use super::label::{Names, check_name, dat_name};
 use crate::dat::{self, COPY_LEN, DatType, Exactly, Header};
 use crate::error::{Error, Result};
-use crate::fsio::{AtomicFile, AtomicFolder, sync_folder};
+use crate::fsio::{AtomicFile, AtomicFolder, sweep_beside, sync_folder};
 
 /// What an archive is on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +50,7 @@ impl ArchiveWriter {
             };
             Ok(Sink::Tar(tar::Builder::new(stream)))
         };
+        sweep_beside(target);
         let sink = match form {
             Form::Folder => Sink::Folder(FolderSink::create(target)?),
             Form::Tar => stream(None)?,

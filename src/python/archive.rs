@@ -1,7 +1,8 @@
 //! `.dat` files and archives. Contract and docstrings: `_native.pyi`.
 #![expect(clippy::needless_pass_by_value, reason = "pyo3 hands over what it extracted")]
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use numpy::PyArray1;
@@ -13,6 +14,7 @@ use super::q40::{Bytes, input};
 use crate::archive::{self, Form};
 use crate::dat::{self, DatType, Header, Q40Planes};
 use crate::error::{Error, Result};
+use crate::fsio::{self, AtomicFile, sweep_beside};
 
 #[pyfunction]
 pub fn read_dat(py: Python<'_>, path: PathBuf) -> PyResult<(&'static str, Vec<usize>, Bytes<'_>)> {
@@ -61,7 +63,52 @@ pub fn archive_read(py: Python<'_>, path: PathBuf, name: String, max_bytes: u64)
 
 #[pyfunction]
 pub fn put_in_place(py: Python<'_>, new: PathBuf, target: PathBuf) -> PyResult<()> {
-    native_short(py, || crate::fsio::put_in_place(&new, &target))
+    native(py, |stop| fsio::put_in_place(&new, &target, stop))
+}
+
+#[pyfunction]
+pub fn write_text(py: Python<'_>, path: PathBuf, text: &str) -> PyResult<()> {
+    native(py, |_| {
+        sweep_beside(&path);
+        let mut file = AtomicFile::create(&path)?;
+        file.write_all(text.as_bytes()).map_err(Error::io(&path))?;
+        file.commit()
+    })
+}
+
+#[pyfunction]
+pub fn sweep(py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+    native(py, |_| {
+        fsio::sweep(&folder);
+        Ok(())
+    })
+}
+
+/// A folder to write in, behind a lock since it goes once.
+#[pyclass(frozen, module = "torch_to_nnef._native")]
+pub struct Staging {
+    path: PathBuf,
+    folder: Mutex<Option<fsio::Staging>>,
+}
+
+#[pymethods]
+impl Staging {
+    #[new]
+    fn new(py: Python<'_>, parent: PathBuf) -> PyResult<Self> {
+        let folder = native_short(py, || fsio::Staging::create(&parent))?;
+        Ok(Self { path: folder.path().to_path_buf(), folder: Mutex::new(Some(folder)) })
+    }
+
+    fn __enter__(&self) -> &Path {
+        &self.path
+    }
+
+    fn __exit__(&self, py: Python<'_>, _class: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) -> PyResult<()> {
+        native_short(py, || {
+            drop(self.folder.lock().unwrap_or_else(PoisonError::into_inner).take());
+            Ok(())
+        })
+    }
 }
 
 /// The core writer behind a lock, so that threads take turns.

@@ -20,7 +20,10 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(archive::write_dat, m)?)?;
     m.add_function(wrap_pyfunction!(archive::write_dat_q40, m)?)?;
     m.add_function(wrap_pyfunction!(archive::check_dats, m)?)?;
+    m.add_class::<archive::Staging>()?;
     m.add_function(wrap_pyfunction!(archive::put_in_place, m)?)?;
+    m.add_function(wrap_pyfunction!(archive::sweep, m)?)?;
+    m.add_function(wrap_pyfunction!(archive::write_text, m)?)?;
     m.add_function(wrap_pyfunction!(archive::archive_entries, m)?)?;
     m.add_function(wrap_pyfunction!(archive::archive_read, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_quantize, m)?)?;

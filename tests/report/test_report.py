@@ -3,6 +3,7 @@ import html.parser
 import json
 import math
 import re
+import resource
 import stat
 from io import StringIO
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from torch_to_nnef.exceptions import T2NErrorRuntime
+from torch_to_nnef.exceptions import T2NErrorNotFoundFile, T2NErrorRuntime
 from torch_to_nnef.graph.macs import Arithmetic, Product
 from torch_to_nnef.inference_target import TractCheckTolerance
 from torch_to_nnef.quantize.rows import TensorRow
@@ -123,13 +124,16 @@ def test_non_finite_numbers_survive_json():
 
 
 @pytest.mark.parametrize("view", ["to_json", "to_html"])
-def test_files_are_replaced_whole_or_not_at_all(view, tmp_path, monkeypatch):
+def test_files_are_replaced_whole_or_not_at_all(view, tmp_path):
     path = tmp_path / "report.out"
     path.write_text("old")
-    with monkeypatch.context() as failing:
-        failing.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(T2NErrorRuntime, match="disk full"):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(T2NErrorRuntime, match="too large"):
             getattr(report(), view)(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_text() == "old"
     getattr(report(), view)(path)
     assert "Tiny" in path.read_text(encoding="utf-8")
@@ -140,7 +144,7 @@ def test_files_are_replaced_whole_or_not_at_all(view, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(T2NErrorRuntime, match="nowhere"):
+    with pytest.raises(T2NErrorNotFoundFile, match="nowhere"):
         report().to_json(tmp_path / "nowhere" / "report.json")
 
 

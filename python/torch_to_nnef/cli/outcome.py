@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from types import FrameType
 from typing import NoReturn
 
 from torch_to_nnef.exceptions import T2NError, T2NErrorIOPytorchTractNotISO
@@ -33,10 +36,12 @@ class Outcome(IntEnum):
 def outcome(verbose: bool) -> Iterator[None]:
     """Log to stderr in the block, and exit as `Outcome` says if it raises; errors are a line, with `verbose` a traceback too."""
     try:
-        with _logs_on_stderr(verbose):
+        with _terminated_tidily(), _logs_on_stderr(verbose):
             yield
     except KeyboardInterrupt:
         _exit("interrupted", Outcome.INTERRUPTED, verbose)
+    except _Terminated as terminated:
+        _exit("terminated", 128 + terminated.signal, verbose)  # as shells say of what a signal ended
     except T2NErrorIOPytorchTractNotISO as error:
         _exit(f"verification failed: {error}", Outcome.NEGATIVE, verbose)
     except T2NError as error:
@@ -49,7 +54,34 @@ def outcome(verbose: bool) -> Iterator[None]:
         _exit(f"unexpected {type(error).__name__}: {error}", Outcome.ERROR, with_traceback=True)
 
 
-def _exit(message: str, code: Outcome, with_traceback: bool) -> NoReturn:
+class _Terminated(BaseException):
+    def __init__(self, signal: int) -> None:
+        self.signal = signal
+
+
+@contextmanager
+def _terminated_tidily() -> Iterator[None]:
+    """In the block, what asks the process to end raises instead, so that what is unfinished goes; asking again changes nothing."""
+
+    def terminate(number: int, _frame: FrameType | None) -> NoReturn:
+        for name in before:
+            signal.signal(name, signal.SIG_IGN)
+        raise _Terminated(number)
+
+    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # An ignored one, as by nohup, stays so; only the main thread may set any.
+    main = threading.current_thread() is threading.main_thread()
+    before = {name: signal.getsignal(name) for name in names if main and signal.getsignal(name) is signal.SIG_DFL}
+    for name in before:
+        signal.signal(name, terminate)
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def _exit(message: str, code: int, with_traceback: bool) -> NoReturn:
     if with_traceback:
         traceback.print_exc()
     print(message, file=sys.stderr)

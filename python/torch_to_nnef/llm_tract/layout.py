@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef._native import write_text
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
 from torch_to_nnef.export import staged
+from torch_to_nnef.files import alone_in, writing
 from torch_to_nnef.llm_tract.model import read_modes
 
 if TYPE_CHECKING:
@@ -121,8 +123,9 @@ class Layout:
         for scenario in scenarios:
             for side, arrays in zip(("inputs", "outputs"), scenario.arrays, strict=True):
                 path = self.test(scenario.name, side)
-                path.parent.mkdir(exist_ok=True)
-                np.savez(path, **arrays)  # type: ignore[arg-type]
+                with writing(path):
+                    path.parent.mkdir(exist_ok=True)
+                    np.savez(path, **arrays)  # type: ignore[arg-type]
 
     def write(
         self,
@@ -133,16 +136,20 @@ class Layout:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Everything beside archive and tests. `modes`: as the function `modes` gives it."""
-        config.to_json_file(self.config)
+        with writing(self.config):
+            config.to_json_file(self.config)
         if tokenizer is not None:
-            tokenizer.save_pretrained(self.tokenizer)
+            try:
+                tokenizer.save_pretrained(self.tokenizer)
+            except Exception as error:  # tokenizers has no other class for a full disk
+                raise T2NErrorRuntime(f"cannot write the tokenizer {str(self.tokenizer)!r}: {error}") from error
         where = {"archive": self.archive, "config": self.config, "tokenizer": self.tokenizer if tokenizer else None}
         files = {kind: path and path.relative_to(self.folder).as_posix() for kind, path in where.items()}
-        self.modes.write_text(json.dumps({**modes, "files": files}, indent=2) + "\n", encoding="utf-8")
+        write_text(self.modes, json.dumps({**modes, "files": files}, indent=2) + "\n")
         report.to_json(self.report_json)
         report.to_html(self.report_html)
         report.to_markdown(self.report_markdown)
-        self.card.write_text(card, encoding="utf-8")
+        write_text(self.card, card)
 
     def _in(self, kind: str) -> Path:
         return self.folder / kind if self.struct == "deep" else self.folder
@@ -159,12 +166,16 @@ def replaced_folder(options: LlmOptions) -> Iterator[Layout]:
     """
     path = options.export_dirpath.resolve()
     _check_place(path, options.ignore_already_exist_dir)
-    with _parents(path), staged(path) as beside:
+    with ExitStack() as until_placed, staged(path) as beside:
         layout = Layout(beside, options.export_dir_struct)
-        layout.archive.parent.mkdir(parents=True)
+        with writing(path):
+            layout.archive.parent.mkdir(parents=True)
         yield layout
-        _check_place(path, options.ignore_already_exist_dir)
-        _keep_others(path, layout)
+        with writing(path):
+            # Another export to the same path would take away the folder whose files are linked.
+            until_placed.enter_context(alone_in(path.parent))
+            _check_place(path, options.ignore_already_exist_dir)
+            _keep_others(path, layout)
 
 
 def modes(
@@ -305,16 +316,3 @@ def _link(old: Path, new: Path) -> None:
         pass  # a compression method wrote its own
     except OSError:
         shutil.copy2(old, new, follow_symlinks=False)
-
-
-@contextmanager
-def _parents(path: Path) -> Iterator[None]:
-    """Remove the folders above `path` that the block made, if it fails."""
-    made = [parent for parent in path.parents if not parent.exists()]
-    try:
-        yield
-    except BaseException:
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise

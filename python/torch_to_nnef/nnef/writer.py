@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torch_to_nnef._native import ArchiveWriter
+from torch_to_nnef._native import ArchiveWriter, Staging
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.files import require_space
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.text import graph_text, quant_text
 from torch_to_nnef.op.dtypes import tract_dtype
@@ -47,6 +47,8 @@ def write_archive(
     progress: called as `(done, total, label)` before each variable and once at the end; in bytes of `.dat` files.
     """
     done, total = 0, sum(stored_nbytes(variable.tensor) for variable in document.variables)
+    # Weights hardly ever compress to less than half.
+    require_space(path, total // 2 if form == "tgz" else total)
     writer = ArchiveWriter(path, form, compression_level or (1 if form == "tgz" else 0))  # type: ignore[arg-type]
     try:
         writer.add_text("graph.nnef", graph_text(document))
@@ -85,7 +87,7 @@ def _add_packed(writer: ArchiveWriter, label: str, tensor: QTensor, scratch: Pat
         codes, scales = tensor.planes()
         writer.add_q40(label, list(tensor.shape), raw_bytes(codes), raw_bytes(scales))
         return
-    with tempfile.TemporaryDirectory(prefix=".t2n-", dir=scratch) as folder:
+    with Staging(scratch) as folder:
         tensor.write_in_file(folder, label)
         writer.add_dat_file(label, Path(folder) / f"{label}.dat")
 

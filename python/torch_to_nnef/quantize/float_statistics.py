@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
+from torch_to_nnef.files import staged, writing
 from torch_to_nnef.quantize.calibration import Calibration, as_calibration, opened_npz
 from torch_to_nnef.quantize.sequence import Replay, Stage, order_of
 from torch_to_nnef.quantize.statistics import InputStatistics, InputSums, Moments
@@ -178,32 +177,24 @@ def calibration_unless_cached(
 
 
 def _write(path: Path, walk: FloatWalk, about: dict[str, Any]) -> None:
-    """Stage by stage into a sibling, which is renamed over `path`."""
-    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Stage by stage, into a file that takes its place at the end."""
+    if not path.parent.is_dir():
+        raise T2NErrorRuntime(f"cannot write the calibration cache {str(path)!r}: there is no such folder")
     stages: list[list[str]] = []
     unused: list[str] = []
-    try:
-        with sibling.open("xb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                for group in walk.groups():
-                    targets = group.targets if isinstance(group, Stage) else group
-                    names = [target.places[0].fqn for target in targets]
-                    statistics = walk.statistics(group) if isinstance(group, Stage) else None
-                    if statistics is None:
-                        unused += names
-                        continue
-                    for side in _SIDES:
-                        _put_moments(archive, f"{len(stages)}/{side}/", getattr(statistics, side))
-                    stages.append(names)
-                about = {"format": _FORMAT, **about, "stages": stages, "unused": unused}
-                _put(archive, "about", np.array(json.dumps(about)))
-            file.flush()
-            os.fsync(file.fileno())
-        sibling.replace(path)
-    except OSError as error:
-        raise T2NErrorRuntime(f"cannot write the calibration cache {str(path)!r}: {error}") from error
-    finally:
-        sibling.unlink(missing_ok=True)
+    with staged(path) as beside, writing(path), zipfile.ZipFile(beside, "x") as archive:
+        for group in walk.groups():
+            targets = group.targets if isinstance(group, Stage) else group
+            names = [target.places[0].fqn for target in targets]
+            statistics = walk.statistics(group) if isinstance(group, Stage) else None
+            if statistics is None:
+                unused += names
+                continue
+            for side in _SIDES:
+                _put_moments(archive, f"{len(stages)}/{side}/", getattr(statistics, side))
+            stages.append(names)
+        about = {"format": _FORMAT, **about, "stages": stages, "unused": unused}
+        _put(archive, "about", np.array(json.dumps(about)))
 
 
 def _put_moments(archive: zipfile.ZipFile, prefix: str, moments: Moments | None) -> None:

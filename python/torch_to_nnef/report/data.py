@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch_to_nnef._native import write_text
 from torch_to_nnef.report import html, markdown, terminal
-from torch_to_nnef.report.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -132,7 +132,10 @@ class Report:
         return everything
 
     def to_json(self, path: str | PathLike[str]) -> None:
-        """Write `to_dict()` to `path`, replacing it whole. Raises `T2NErrorRuntime` when it cannot be written."""
+        """Write `to_dict()` to `path`, replacing it whole.
+
+        Raises `T2NErrorNotFoundFile` if its folder is not there, `T2NErrorRuntime` if the system refuses.
+        """
         write_text(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def to_html(self, path: str | PathLike[str]) -> None:

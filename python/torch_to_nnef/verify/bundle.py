@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torch_to_nnef.exceptions import T2NError
+from torch_to_nnef.exceptions import T2NError, T2NErrorRuntime
+from torch_to_nnef.files import staged, writing
+from torch_to_nnef.log import LOGGER
 from torch_to_nnef.tract_model import TractModel
 from torch_to_nnef.verify.compare import as_array
 from torch_to_nnef.verify.resize import InputSet
@@ -25,8 +27,29 @@ def write_bundle(
     reference: Callable[[list[torch.Tensor]], list[torch.Tensor]],
     error: T2NError,
 ) -> None:
-    """Fill `folder` with the archive, `error.txt`, and per input set `inputs_i.npz`, `torch_i.npz`, `tract_i.npz` (if tract runs)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make `folder` of the archive, `error.txt`, and per input set `inputs_i.npz`, `torch_i.npz`, `tract_i.npz` (if tract runs).
+
+    An earlier bundle is replaced; where there is something else, or the system refuses, a warning says so.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "error.txt").exists():
+        LOGGER.warning("no debug bundle: other files are in %s", folder)
+        return
+    try:
+        with writing(folder), staged(folder) as beside:
+            _fill(beside, archive, input_names, sets, reference, error)
+    except T2NErrorRuntime as failure:
+        LOGGER.warning("no debug bundle: %s", failure)
+
+
+def _fill(
+    folder: Path,
+    archive: Path,
+    input_names: Sequence[str],
+    sets: Sequence[InputSet],
+    reference: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+    error: T2NError,
+) -> None:
+    folder.mkdir()
     (shutil.copytree if archive.is_dir() else shutil.copy2)(archive, folder / archive.name)
     report = [f"{type(error).__name__}: {error}"]
     sides: dict[str, Callable[[InputSet], dict[str, NDArray[Any]]]] = {
@@ -37,7 +60,11 @@ def write_bundle(
         arrays = [as_array(tensor) for tensor in inputs.tensors]
         _save(folder / f"inputs_{index}.npz", dict(zip(input_names, arrays, strict=True)))
         for side, run in sides.items():
-            report += _try_save(folder / f"{side}_{index}.npz", run, inputs)
+            outcome = _outcome(run, inputs)
+            if isinstance(outcome, Exception):
+                report.append(f"no {side}_{index}.npz: {type(outcome).__name__}: {outcome}")
+            else:
+                _save(folder / f"{side}_{index}.npz", outcome)
     (folder / "error.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
 
 
@@ -45,13 +72,14 @@ def _save(file: Path, arrays: dict[str, Any]) -> None:
     np.savez(file, **arrays)
 
 
-def _try_save(file: Path, run: Callable[[InputSet], dict[str, NDArray[Any]]], inputs: InputSet) -> list[str]:
-    """Either side may fail in any way; the bundle then says so."""
+def _outcome(
+    run: Callable[[InputSet], dict[str, NDArray[Any]]], inputs: InputSet
+) -> dict[str, NDArray[Any]] | Exception:
+    """What it returns or raises: either side may fail in any way."""
     try:
-        _save(file, run(inputs))
+        return run(inputs)
     except Exception as failure:
-        return [f"no {file.name}: {type(failure).__name__}: {failure}"]
-    return []
+        return failure
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ from torch_to_nnef.exceptions import (
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
     T2NErrorNotFoundFile,
-    T2NErrorRuntime,
 )
+from torch_to_nnef.files import require_space, staged, writing
 from torch_to_nnef.tensor.chunks import flat_chunks
 from torch_to_nnef.tensor.extents import DTYPE_NAMES, raw_memory, safetensors_metadata
 from torch_to_nnef.tensor.offload import OffloadedTensor, offloaded_safetensors
@@ -52,7 +51,7 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
 
     Raises:
         T2NErrorInvalidArgument: A QTensor, scheme or codec class, or a dtype, that this file format does not know.
-        T2NErrorRuntime: The system refuses to write.
+        T2NErrorRuntime: The system refuses to write, or has too little space.
 
     """
     entries: dict[str, torch.Tensor] = {}
@@ -70,13 +69,9 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
             entries[name] = tensor.detach()
     note = json.dumps({"packed": packed, "aliases": aliases}, sort_keys=True)
     path = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            temporary = Path(folder) / path.name
-            _write(temporary, entries, {_KEY: note})
-            temporary.replace(path)
-    except OSError as error:
-        raise T2NErrorRuntime(f"cannot write {path}: {error}") from error
+    with staged(path) as beside, writing(path):
+        require_space(path, sum(entry.numel() * entry.element_size() for entry in entries.values()))
+        _write(beside, entries, {_KEY: note})
 
 
 def _write(path: Path, entries: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -1,0 +1,61 @@
+"""Outputs that are whole or not there: written beside their place, made durable, and renamed over what is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from torch_to_nnef._native import Staging, put_in_place
+from torch_to_nnef.exceptions import T2NErrorRuntime
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or folder to; put in place of `path` in one step if the block ends well, else removed.
+
+    Folders above `path` are made, and go again if the block fails. What processes that were killed left beside `path` is removed.
+    Raises `T2NErrorRuntime` when the system refuses.
+    """
+    with Staging(path.parent) as folder:
+        beside = Path(folder) / path.name
+        yield beside
+        put_in_place(beside, path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of an `OSError` of the block that `path` could not be written, as `T2NErrorRuntime`."""
+    try:
+        yield
+    except OSError as error:
+        raise T2NErrorRuntime(f"cannot write {os.fspath(path)!r}: {error}") from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in such a block for `folder`; where there are no locks on folders, do not."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def require_space(path: Path, nbytes: int) -> None:
+    """Raise `T2NErrorRuntime` unless the file system of `path` has `nbytes` free; its folder exists. Quotas are not seen."""
+    with writing(path):
+        free = shutil.disk_usage(path.parent).free
+    if nbytes > free:
+        raise T2NErrorRuntime(
+            f"cannot write {os.fspath(path)!r}: it takes {nbytes:,} bytes, and {free:,} are free in {path.parent}"
+        )
