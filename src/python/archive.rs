@@ -53,6 +53,18 @@ pub fn archive_entries(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, u
     native(py, |stop| archive::entries(&path, stop))
 }
 
+/// `(name, bytes, dtype, shape)`.
+type PyEntry = (String, u64, Option<&'static str>, Option<Vec<usize>>);
+
+#[pyfunction]
+pub fn archive_tensors(py: Python<'_>, path: PathBuf) -> PyResult<Vec<PyEntry>> {
+    let found = native(py, move |stop| archive::headers(&path, stop))?;
+    let entry = |(name, size, header): (String, u64, Option<Header>)| {
+        (name, size, header.as_ref().map(|h| h.dtype().name()), header.as_ref().map(Header::shape))
+    };
+    Ok(found.into_iter().map(entry).collect())
+}
+
 #[pyfunction]
 pub fn archive_read<'py>(py: Python<'py>, path: PathBuf, name: &str, max_bytes: u64) -> PyResult<Bound<'py, PyBytes>> {
     let content = native(py, |stop| archive::read(&path, name, max_bytes, stop))?;
