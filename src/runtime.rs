@@ -4,6 +4,8 @@
 //! cannot be caught (stack overflow, abort) is refused beforehand by [`preflight`].
 
 mod inputs;
+mod packed;
+mod rules;
 mod session;
 mod weights;
 
@@ -202,6 +204,8 @@ impl Model {
         let at = archive.display();
         let options = RunOptions { executor: executor(threads)?, ..RunOptions::default() };
         let mut proto = guarded(&at, stop, parse)?;
+        let refused = |why: String| Error::Tract(format!("{at}: graph.nnef: {why}"));
+        rules::check(&proto).map_err(refused)?;
         if let Some(names) = outputs {
             select_outputs(&mut proto, names)?;
         }
@@ -211,6 +215,7 @@ impl Model {
             order_inputs(&mut model, &proto)?;
             Ok(model)
         })?;
+        packed::check(&model).map_err(refused)?;
         // Or the weights would stay in memory twice, as loaded and as packed.
         drop(proto);
         let properties = guarded(&at, stop, || properties(&model))?;

@@ -112,6 +112,9 @@ def sweep(folder: str | PathLike[str]) -> None:
 def archive_entries(path: str | PathLike[str]) -> list[tuple[str, int]]:
     """`(name, size in bytes)` of every entry of a folder, tar or tgz, without unpacking to disk."""
 
+def archive_tensors(path: str | PathLike[str]) -> list[tuple[str, int, str | None, list[int] | None]]:
+    """`archive_entries` with dtype ("f32", "q40"...) and shape of those that are `.dat` files, by their headers alone."""
+
 def archive_read(path: str | PathLike[str], name: str, max_bytes: int) -> bytes:
     """One entry; `T2NErrorInconsistentTensor` if it is larger than `max_bytes`."""
 

@@ -60,5 +60,13 @@ class T2NErrorTract(T2NError):
     """tract refused the archive, or failed while running it."""
 
 
+class T2NErrorTractCrash(T2NErrorTract):
+    """tract ended the process it ran in: a segmentation fault, an abort."""
+
+
+class T2NErrorTractLimit(T2NErrorTract):
+    """tract asked for more memory or time than it was allowed."""
+
+
 class T2NErrorIOPytorchTractNotISO(T2NError, ValueError):
     """tract's outputs are not torch's within the tolerance."""

@@ -163,11 +163,11 @@ def _thread_count(threads: int | None) -> int | None:
 
 def _fact(native: tuple[str, str, list[int | str]]) -> Fact:
     name, dtype, shape = native
-    return Fact(name, _NUMPY_NAMES.get(dtype, dtype), tuple(shape))
+    return Fact(name, NUMPY_NAMES.get(dtype, dtype), tuple(shape))
 
 
 # tract's names of types -> numpy's
-_NUMPY_NAMES = {np.dtype(code).kind + str(8 * np.dtype(code).itemsize): np.dtype(code).name for code in "efdbBhHiIqQ"}
+NUMPY_NAMES = {np.dtype(code).kind + str(8 * np.dtype(code).itemsize): np.dtype(code).name for code in "efdbBhHiIqQ"}
 
 
 def _as_array(name: str, value: object) -> NDArray[Any]:

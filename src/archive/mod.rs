@@ -6,5 +6,5 @@ mod reader;
 mod writer;
 
 pub use label::dat_name;
-pub use reader::{Member, entries, read, visit, visit_bytes};
+pub use reader::{Member, entries, headers, read, visit, visit_bytes};
 pub use writer::{ArchiveWriter, Form, check_dats};

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use flate2::read::GzDecoder;
 
+use crate::dat::{HEADER_LEN, Header};
 use crate::error::{Error, Result};
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
@@ -90,6 +91,25 @@ pub fn entries(path: &Path, stop: &AtomicBool) -> Result<Vec<(String, u64)>> {
     let mut found = Vec::new();
     visit(path, stop, &mut |member| {
         found.push((member.name().to_owned(), member.size()));
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(found)
+}
+
+/// [`entries`], with the headers of those that are `.dat` files; payloads are not read.
+pub fn headers(path: &Path, stop: &AtomicBool) -> Result<Vec<(String, u64, Option<Header>)>> {
+    let mut found = Vec::new();
+    visit(path, stop, &mut |member| {
+        let (name, size) = (member.name().to_owned(), member.size());
+        let hidden = name.split('/').any(|component| component.starts_with('.')); // tract skips it
+        let header = if !hidden && Path::new(&name).extension().is_some_and(|extension| extension == "dat") {
+            let mut bytes = [0; HEADER_LEN];
+            member.read_exact(&mut bytes).map_err(|e| explain(e, path))?;
+            Some(Header::decode(&bytes)?)
+        } else {
+            None
+        };
+        found.push((name, size, header));
         Ok(ControlFlow::Continue(()))
     })?;
     Ok(found)

@@ -55,6 +55,18 @@ pub fn archive_entries(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, u
     native_owned(py, move |stop| archive::entries(&path, stop))
 }
 
+/// `(name, bytes, dtype, shape)`.
+type PyEntry = (String, u64, Option<&'static str>, Option<Vec<usize>>);
+
+#[pyfunction]
+pub fn archive_tensors(py: Python<'_>, path: PathBuf) -> PyResult<Vec<PyEntry>> {
+    let found = native(py, move |stop| archive::headers(&path, stop))?;
+    let entry = |(name, size, header): (String, u64, Option<Header>)| {
+        (name, size, header.as_ref().map(|h| h.dtype().name()), header.as_ref().map(Header::shape))
+    };
+    Ok(found.into_iter().map(entry).collect())
+}
+
 #[pyfunction]
 pub fn archive_read(py: Python<'_>, path: PathBuf, name: String, max_bytes: u64) -> PyResult<Bound<'_, PyBytes>> {
     let content = native_owned(py, move |stop| archive::read(&path, &name, max_bytes, stop))?;

@@ -26,6 +26,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(archive::write_text, m)?)?;
     m.add_function(wrap_pyfunction!(archive::archive_entries, m)?)?;
     m.add_function(wrap_pyfunction!(archive::archive_read, m)?)?;
+    m.add_function(wrap_pyfunction!(archive::archive_tensors, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_quantize, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_quantize_with_scales, m)?)?;
     m.add_function(wrap_pyfunction!(q40::q40_quantize_weighted, m)?)?;

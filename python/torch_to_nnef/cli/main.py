@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from torch_to_nnef._native import __version__, tract_version
+from torch_to_nnef.cli.archives import inspect, run, verify
 from torch_to_nnef.cli.chat import chat
 from torch_to_nnef.cli.compare import compare
 from torch_to_nnef.cli.quantize_shards import quantize_shards
@@ -32,5 +33,8 @@ def t2n(
 
 app.command("chat")(chat)
 app.command("compare")(compare)
+app.command("inspect")(inspect)
 app.command("quantize-shards")(quantize_shards)
+app.command("run")(run)
 app.command("sensitivity")(sensitivity)
+app.command("verify")(verify)
