@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: help demo test dev lint test-rust test-python test-slow support bench quality clean
+.PHONY: help demo test dev lint audit fuzz test-rust test-python test-slow support bench quality clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,13 +29,16 @@ $(VENV)/installed: $(VENV)/dependencies $(RUST)
 	. $(BIN)/activate && PIP_QUIET=1 maturin develop --quiet
 	touch $@
 
-lint: dev ## format, clippy, ruff, types, import contracts
+lint: dev audit ## format, clippy, ruff, types, import contracts
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/ruff check --quiet
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+audit: dev ## licences and known vulnerabilities of all we depend on; needs cargo-deny and pip-audit, and says what it skips
+	$(BIN)/python tests/audit.py
 
 test-rust: ## the core, without Python
 	cargo test --quiet --no-default-features
@@ -45,6 +48,12 @@ test-python: dev ## the package; slow tests are left out
 
 test-slow: dev ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+fuzz: ## half a minute of fuzzing a target; needs cargo-fuzz and a nightly toolchain
+	for target in dat_header archive preflight q40; do \
+		mkdir -p target/corpus/$$target; \
+		cargo +nightly fuzz run --fuzz-dir fuzz $$target target/corpus/$$target fuzz/corpus/$$target -- -max_total_time=30 -timeout=10 -rss_limit_mb=2048 || exit 1; \
+	done
 
 support: dev ## measure every operator anew: tests/op/outcomes.json and docs/supported_ops.md
 	$(BIN)/python tests/op/support.py

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from torch_to_nnef import TractModel, quantize_and_verify
+from torch_to_nnef.exceptions import T2NErrorRuntime
+from torch_to_nnef.tensor.extents import ByteFile, Scratch
 
 WIDTH = 1024  # rows enough for tract to use threads
 
@@ -30,15 +32,45 @@ def digest(_=None):
 
 
 def in_fork(work):
-    """Whether `work()` is true in a forked child, within a minute."""
+    """Whether `work()` is true in a forked child, in time."""
     pid = os.fork()
     if pid == 0:
-        signal.alarm(60)  # kills where threads are waited for that the fork left behind
+        signal.alarm(100)  # kills where threads are waited for that the fork left behind
         os._exit(0 if work() else 1)
     return os.waitpid(pid, 0)[1] == 0
 
 
+def reads(file, place):
+    """Whether 64 KiB of a file that holds `i` at `4 * i` are right, many times."""
+    found, expected = bytearray(1 << 16), torch.arange(place, place + (1 << 14), dtype=torch.int32).numpy().tobytes()
+    for _ in range(500):
+        file.read_into(4 * place, memoryview(found))
+        if found != expected:
+            return False
+    return True
+
+
+def scratch_is_refused(scratch):
+    try:
+        scratch.append(memoryview(b"mine"))
+    except T2NErrorRuntime:
+        return True
+    return False
+
+
+def files(folder):
+    path = folder / "numbers"
+    path.write_bytes(torch.arange(1 << 16, dtype=torch.int32).numpy().tobytes())
+    file, scratch = ByteFile.open(path), Scratch(folder)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if reads(file, 0) and scratch_is_refused(scratch) else 1)
+    assert reads(file, 1 << 15), "read beside a child"
+    assert os.waitpid(pid, 0)[1] == 0, "read beside the parent"
+
+
 def main(folder):
+    files(Path(folder))
     torch.set_num_threads(1)  # GNU's OpenMP itself does not survive a fork
     path, x = Path(folder) / "net.nnef.tar", torch.ones(64, WIDTH)
     assert quantize_and_verify(net(), x, path).ok

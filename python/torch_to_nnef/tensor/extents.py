@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import os
 import tempfile
 import threading
 import weakref
@@ -68,16 +69,19 @@ class ByteFile:
 
     def read_into(self, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on; raises `T2NErrorInconsistentTensor` if the file ends before."""
+        filled = 0
+        while filled < len(into):
+            got = self._read(offset + filled, into[filled:])
+            if not got:
+                raise T2NErrorInconsistentTensor(f"{self.name} ends {len(into) - filled} bytes before its last tensor")
+            filled += got
+
+    def _read(self, offset: int, into: memoryview) -> int:
+        if hasattr(os, "preadv"):  # where the last read ended is shared with forked processes
+            return os.preadv(self._file.fileno(), [into], offset)
         with self._lock:
             self._file.seek(offset)
-            filled = 0
-            while filled < len(into):
-                got = cast("io.RawIOBase", self._file).readinto(into[filled:])
-                if not got:
-                    raise T2NErrorInconsistentTensor(
-                        f"{self.name} ends {len(into) - filled} bytes before its last tensor"
-                    )
-                filled += got
+            return cast("io.RawIOBase", self._file).readinto(into) or 0
 
 
 class Scratch(ByteFile):
@@ -90,9 +94,12 @@ class Scratch(ByteFile):
         except OSError as error:
             raise T2NErrorRuntime(f"cannot make a {name}: {error}") from error
         super().__init__(name, cast("BinaryIO", file))
+        self._process = os.getpid()
 
     def append(self, content: memoryview) -> Extent:
         """Where `content` now lies; raises `T2NErrorRuntime` where the system cannot take it, as on a full disk."""
+        if self._process != os.getpid():
+            raise T2NErrorRuntime(f"the {self.name} belongs to the process that forked this one, which may write too")
         try:
             with self._lock:
                 offset, written = self._file.seek(0, io.SEEK_END), 0
