@@ -22,12 +22,18 @@ const MAX_TEXT: u64 = 256 << 20;
 /// Bytes of all entries.
 const MAX_TOTAL: u64 = 1 << 40;
 
+/// Bytes of all entries of a file that is compressed beyond [`MAX_RATIO`].
+const MAX_INFLATED: u64 = 1 << 30;
+/// Weights shrink to half at best; deflate shrinks zeros to a thousandth.
+const MAX_RATIO: u64 = 200;
+
 /// Refuses a folder, tar or tgz that could crash or hang tract.
 ///
 /// [`Error::Tract`] for what graph.nnef says, for its absence and for nested models; [`Error::InconsistentTensor`] for a
 /// container or `.dat` that is not what its headers say.
 pub fn check(path: &Path, stop: &AtomicBool) -> Result<()> {
-    let mut found = Found::default();
+    let packed = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|file| file.len());
+    let mut found = Found { packed, ..Found::default() };
     archive::visit(path, stop, &mut |member| found.check(path, member))?;
     found.finish(path)
 }
@@ -35,7 +41,7 @@ pub fn check(path: &Path, stop: &AtomicBool) -> Result<()> {
 /// [`check`] of a tar or tgz in memory.
 pub fn check_bytes(bytes: &[u8], stop: &AtomicBool) -> Result<()> {
     let label = Path::new(IN_MEMORY);
-    let mut found = Found::default();
+    let mut found = Found { packed: Some(bytes.len() as u64), ..Found::default() };
     archive::visit_bytes(label, bytes, stop, &mut |member| found.check(label, member))?;
     found.finish(label)
 }
@@ -45,6 +51,8 @@ pub fn check_bytes(bytes: &[u8], stop: &AtomicBool) -> Result<()> {
 struct Found {
     graph: bool,
     total: u64,
+    /// Bytes of the file that holds all.
+    packed: Option<u64>,
 }
 
 impl Found {
@@ -54,6 +62,9 @@ impl Found {
         self.total = self.total.saturating_add(member.size());
         if self.total > MAX_TOTAL {
             return Err(refuse(&format!("the entries up to here take more than {MAX_TOTAL} bytes")));
+        }
+        if self.total > MAX_INFLATED && self.packed.is_some_and(|packed| self.total / MAX_RATIO > packed) {
+            return Err(refuse(&format!("the entries up to here take more than {MAX_RATIO} times what the file has")));
         }
         let (folder, file) = name.rsplit_once('/').unwrap_or(("", &name));
         if name.split('/').any(|component| component.starts_with('.')) {

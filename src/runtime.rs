@@ -169,6 +169,7 @@ pub struct Model {
     inputs: Vec<Fact>,
     outputs: Vec<Fact>,
     properties: Vec<(String, Property)>,
+    equal: Vec<packed::Equal>,
     weight_bytes: usize,
     /// Whose threads the plan uses: a fork leaves them behind.
     process: u32,
@@ -215,18 +216,19 @@ impl Model {
             order_inputs(&mut model, &proto)?;
             Ok(model)
         })?;
-        packed::check(&model).map_err(refused)?;
+        let equal = packed::check(&model).map_err(refused)?;
         // Or the weights would stay in memory twice, as loaded and as packed.
         drop(proto);
         let properties = guarded(&at, stop, || properties(&model))?;
         let plan = guarded(&at, stop, || model.into_optimized()?.into_runnable_with_options(&options))?;
-        guarded(&at, stop, || Self::describe(plan, results, properties))
+        guarded(&at, stop, || Self::describe(plan, results, properties, equal))
     }
 
     fn describe(
         plan: Arc<TypedSimplePlan>,
         results: Vec<String>,
         properties: Vec<(String, Property)>,
+        equal: Vec<packed::Equal>,
     ) -> TractResult<Self> {
         let model = plan.model();
         let fact = |name: String, outlet: &OutletId| Ok(Fact::new(name, model.outlet_fact(*outlet)?));
@@ -234,7 +236,7 @@ impl Model {
             model.inputs.iter().map(|i| fact(model.node(i.node).name.clone(), i)).collect::<TractResult<_>>()?;
         let outputs = results.into_iter().zip(&model.outputs).map(|(n, o)| fact(n, o)).collect::<TractResult<_>>()?;
         let weight_bytes = Weights::of(model);
-        Ok(Self { plan, inputs, outputs, properties, weight_bytes, process: std::process::id() })
+        Ok(Self { plan, inputs, outputs, properties, equal, weight_bytes, process: std::process::id() })
     }
 
     /// Inputs, in the order [`Self::run`] takes them.
@@ -279,6 +281,9 @@ impl Model {
         let values = carried.iter().map(|value| value.as_ref().map(Array::as_input).or_else(|| rest.next()));
         let given: Vec<_> = values.enumerate().filter_map(|(at, input)| Some((at, input?))).collect();
         let symbols = inputs::check(self.plan.model(), &self.inputs, &given)?;
+        if let Some(why) = self.equal.iter().find_map(|sizes| sizes.check(&symbols).err()) {
+            return invalid(format!("the archive cannot compute inputs of these sizes: {why}"));
+        }
         let stopped = AtomicBool::new(false);
         let forked = self.process != std::process::id();
         let outcome = guarded(&"running the model", &stopped, || {

@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::path::{Component, Path};
 
+use unicode_normalization::UnicodeNormalization;
+
 use crate::error::{Error, Result};
 
 /// Bytes of a whole name; within the limits of every host, with room for the folder it is unpacked in.
@@ -26,8 +28,8 @@ pub fn check_name(name: &str) -> Result<()> {
     if name.len() > MAX_NAME {
         return refuse("is longer than 1024 bytes");
     }
-    if name.chars().any(|c| c.is_control() || c == '\\') {
-        return refuse("has a backslash or a control character");
+    if name.contains('\\') || is_deceptive(name) {
+        return refuse("has a backslash, a control or an invisible character");
     }
     for component in name.split('/') {
         if component.is_empty() {
@@ -47,7 +49,21 @@ pub fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The names used so far; two that a case-insensitive host confuses cannot both be in.
+/// Whether `name` holds what moves the cursor, or what nobody sees: it could pass for another one.
+pub fn is_deceptive(name: &str) -> bool {
+    let hidden = ['\u{200b}'..='\u{200f}', '\u{2028}'..='\u{202e}', '\u{2060}'..='\u{206f}', '\u{feff}'..='\u{feff}'];
+    name.chars().any(|c| c.is_control() || hidden.iter().any(|range| range.contains(&c)))
+}
+
+/// The same for names that some host takes for one: by letter case, or by how an accent is composed.
+pub fn same_name(name: &str) -> String {
+    // Lower first: the upper form of a capital sharp s is itself.
+    let lower = name.nfkd().flat_map(char::to_lowercase);
+    let folded: String = lower.flat_map(char::to_uppercase).flat_map(char::to_lowercase).collect();
+    folded.nfkd().collect()
+}
+
+/// The names used so far; two that some host confuses cannot both be in.
 #[derive(Debug, Default)]
 pub struct Names {
     files: HashSet<String>,
@@ -57,10 +73,10 @@ pub struct Names {
 impl Names {
     /// Takes `name`, already checked; [`Error::InvalidArgument`] if another entry stands in its way.
     pub fn claim(&mut self, name: &str) -> Result<()> {
-        let key = name.to_lowercase();
+        let key = same_name(name);
         let folders: Vec<&str> = key.match_indices('/').map(|(at, _)| &key[..at]).collect();
         if self.files.contains(&key) || self.folders.contains(&key) || folders.iter().any(|f| self.files.contains(*f)) {
-            let why = "collides with another entry (letter case is not told apart on every host); rename the tensor";
+            let why = "collides with another entry (letter case and Unicode forms are not told apart on every host); rename the tensor";
             return Err(Error::InvalidArgument(format!("the archive entry name {name:?} {why}")));
         }
         self.folders.extend(folders.into_iter().map(str::to_owned));

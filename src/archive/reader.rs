@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use flate2::read::GzDecoder;
 
+use super::label::{is_deceptive, same_name};
 use crate::dat::{HEADER_LEN, Header};
 use crate::error::{Error, Result};
 
@@ -18,6 +19,8 @@ const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const MAX_MEMBERS: usize = 1 << 20;
 /// Bytes of a member's name.
 const MAX_NAME: usize = 4096;
+/// Bytes of all names.
+const MAX_NAMES: usize = 64 << 20;
 /// Bytes that the headers between two members may take: long names and extensions, which the tar crate holds whole.
 const MAX_HEADERS: u64 = 1 << 20;
 /// Bytes read at a time.
@@ -142,31 +145,39 @@ fn explain(source: io::Error, archive: &Path) -> Error {
     }
 }
 
-/// The names seen so far, each one acceptable.
+/// The names seen so far, each one acceptable, each one another on every host.
 struct Names<'a> {
     archive: &'a Path,
     seen: HashSet<String>,
+    bytes: usize,
 }
 
-impl Names<'_> {
+impl<'a> Names<'a> {
+    fn new(archive: &'a Path) -> Self {
+        Self { archive, seen: HashSet::new(), bytes: 0 }
+    }
+
     fn admit(&mut self, name: &str) -> Result<()> {
-        let bad = name.len() > MAX_NAME || name.chars().any(char::is_control) || name.contains('\\');
+        let bad = name.len() > MAX_NAME || is_deceptive(name) || name.contains('\\');
         if bad || name.split('/').any(|component| matches!(component, "" | "." | "..")) {
             let shown: String = name.chars().take(200).collect();
             return Err(refuse(self.archive, &format!("the entry name {shown:?} is not a plain relative path")));
         }
-        if self.seen.len() == MAX_MEMBERS {
-            return Err(refuse(self.archive, &format!("it has more than {MAX_MEMBERS} entries")));
+        self.bytes += name.len();
+        if self.seen.len() == MAX_MEMBERS || self.bytes > MAX_NAMES {
+            let why = format!("it has more than {MAX_MEMBERS} entries or {MAX_NAMES} bytes of names");
+            return Err(refuse(self.archive, &why));
         }
-        if !self.seen.insert(name.to_owned()) {
-            return Err(refuse(self.archive, &format!("two entries are called {name:?}")));
+        if !self.seen.insert(same_name(name)) {
+            let why = format!("two entries are called {name:?} (letter case and Unicode forms are not told apart)");
+            return Err(refuse(self.archive, &why));
         }
         Ok(())
     }
 }
 
 fn visit_folder(root: &Path, stop: &AtomicBool, on_member: OnMember) -> Result<()> {
-    let mut names = Names { archive: root, seen: HashSet::new() };
+    let mut names = Names::new(root);
     let mut files = Vec::new();
     let mut pending = vec![String::new()];
     while let Some(folder) = pending.pop() {
@@ -239,7 +250,7 @@ fn visit_tar<R: Read>(
     budget: &Cell<u64>,
     on_member: OnMember,
 ) -> Result<bool> {
-    let mut names = Names { archive: path, seen: HashSet::new() };
+    let mut names = Names::new(path);
     for member in members {
         let mut member = member.map_err(|e| explain(e, path))?;
         let (kind, size) = (member.header().entry_type(), member.size());

@@ -17,6 +17,10 @@ const MAX_OPERATIONS: u64 = 100_000;
 /// Literal amount in `pad` and `tile`, whose outputs tract allocates without a question.
 const MAX_AMOUNT: i64 = 1 << 24;
 
+/// Bytes of an extension; products and brackets in it, which tract multiplies out when it is an assertion.
+const MAX_EXTENSION: usize = 4096;
+const MAX_PRODUCTS: usize = 32;
+
 /// Applies a fragment, named in a string, to every step of a tensor.
 const SCAN: &str = "tract_core_scan";
 
@@ -56,7 +60,11 @@ fn skip_header(text: &str) -> Checked<&str> {
         let Some(extension) = rest.strip_prefix("extension") else { return Ok(rest) };
         // Spaces and comments are passed where tract passes them, since a comment may hold a `;`.
         let argument = skip_space(extension).trim_start_matches(is_name_char);
-        rest = skip_space(argument).split_once(';').ok_or_else(malformed)?.1;
+        let (said, after) = skip_space(argument).split_once(';').ok_or_else(malformed)?;
+        if said.len() > MAX_EXTENSION || said.matches(['*', '^', '(']).count() > MAX_PRODUCTS {
+            return Err(format!("an extension of more than {MAX_EXTENSION} bytes or {MAX_PRODUCTS} products"));
+        }
+        rest = after;
     }
 }
 

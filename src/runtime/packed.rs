@@ -1,8 +1,8 @@
-//! What tract 0.23.9 computes with packed weights: elsewhere it is silently wrong, or reads beyond their end.
+//! What tract 0.23.9 computes with packed weights: elsewhere it is silently wrong, or reads beyond their end. It also
+//! multiplies operands whose sizes do not fit.
 
 use std::collections::HashMap;
 
-use tract_core::axes::Axis;
 use tract_core::ops::array::Gather;
 use tract_core::ops::change_axes::AxisOp;
 use tract_core::ops::cnn::Conv;
@@ -10,20 +10,41 @@ use tract_core::ops::einsum::EinSum;
 use tract_core::ops::konst::Const;
 use tract_core::ops::scan::Scan;
 use tract_linalg::block_quant::BlockQuantStorage;
-use tract_nnef::internal::{InOut, OutletId, TypedModel, TypedNode};
+use tract_nnef::internal::{InOut, OutletId, SymbolValues, TDim, TypedModel, TypedNode};
 
 use crate::q40::GROUP_SIZE;
 use crate::q40::block::BLOCK_BYTES;
 
 type Checked = Result<(), String>;
 
-/// `Err(why)` if a packed weight of `model`, as loaded and not yet optimized, is used where tract has no kernel for it.
-pub fn check(model: &TypedModel) -> Checked {
+/// Two sizes that a product needs to be equal, and are not provably so; one of them may be 1 if `broadcast`.
+#[derive(Debug)]
+pub struct Equal {
+    sizes: [TDim; 2],
+    broadcast: bool,
+}
+
+impl Equal {
+    /// `Err(why)` if the sizes differ for these symbols; what has no value is not looked at.
+    pub fn check(&self, symbols: &SymbolValues) -> Checked {
+        let [Some(a), Some(b)] = self.sizes.each_ref().map(|size| size.eval(symbols).as_i64()) else { return Ok(()) };
+        if a == b || self.broadcast && (a == 1 || b == 1) {
+            return Ok(());
+        }
+        let [first, second] = &self.sizes;
+        Err(format!("a product along {first} = {a} and {second} = {b}, which must be equal"))
+    }
+}
+
+/// What has to be looked at in each run of `model`, as loaded and not yet optimized; `Err(why)` if a packed weight is used
+/// where tract has no kernel for it, or if sizes do not fit.
+pub fn check(model: &TypedModel) -> Result<Vec<Equal>, String> {
+    let mut equal = Vec::new();
     let mut packed: HashMap<OutletId, Vec<usize>> = HashMap::new();
     for node in model.nodes() {
         let named = |why: &str| format!("{}: {why}", node.name);
         if let Some(scan) = node.op_as::<Scan>() {
-            check(&scan.body)?;
+            equal.extend(check(&scan.body)?);
         }
         if let Some(constant) = node.op_as::<Const>()
             && let Some(blocks) = constant.val().storage_as::<BlockQuantStorage>()
@@ -33,6 +54,13 @@ pub fn check(model: &TypedModel) -> Checked {
                 return Err(named(&format!("its packed weight has another size than shape {shape:?}")));
             }
             packed.insert(node.id.into(), shape.to_vec());
+        }
+        if let Some(product) = node.op_as::<EinSum>() {
+            let blocks = node.inputs.iter().filter(|&input| packed.contains_key(input)).count();
+            if blocks > 1 {
+                return Err(named("a product of two packed operands"));
+            }
+            equal.extend(sizes(model, node, product, blocks == 0).map_err(|why| named(&why))?);
         }
         for (slot, input) in node.inputs.iter().enumerate() {
             let Some(shape) = packed.get(input) else { continue };
@@ -46,10 +74,7 @@ pub fn check(model: &TypedModel) -> Checked {
             }
         }
     }
-    match model.outputs.iter().find(|outlet| packed.contains_key(outlet)) {
-        Some(outlet) => Err(format!("{}: a packed weight cannot be an output", model.node(outlet.node).name)),
-        None => Ok(()),
-    }
+    Ok(equal)
 }
 
 /// Of a packed tensor; None if it cannot be in blocks.
@@ -85,20 +110,38 @@ fn check_use(node: &TypedNode, slot: usize, shape: &[usize]) -> Checked {
     }
 }
 
-/// Groups run along the last axis: it is the one that is summed, and the only one.
+/// Groups run along the last axis: it is the one that is summed, with one of the other operand, and the only one.
 fn check_product(product: &EinSum, slot: usize, rank: usize) -> Checked {
     let axes = &product.axes;
-    let other = 1 - slot.min(1);
-    let summed = |axis: &Axis| axis.outputs[0].is_empty() && axis.inputs.get(other).is_some_and(|at| at.len() == 1);
-    let alone = |axis: &Axis| axis.inputs[slot].len() == 1;
+    if product.q_params.is_some() || axes.input_count() != 2 {
+        return Err("only products of two operands in floats have kernels for packed weights".to_owned());
+    }
     for at in 0..rank {
         let axis = axes.axis((InOut::In(slot), at)).map_err(|e| format!("{e:#}"))?;
-        if !alone(axis) || summed(axis) != (at + 1 == rank) {
-            return Err(format!("the product {axes} must sum over the last axis of the packed weight, and only over it"));
+        let (shown, shared) = (axis.outputs[0].len(), axis.inputs[1 - slot].len());
+        let legal = if at + 1 == rank { (shown, shared) == (0, 1) } else { shown == 1 && shared < 2 };
+        if !legal || axis.inputs[slot].len() != 1 {
+            return Err(format!(
+                "the product {axes} must sum over the last axis of the packed weight, and only over it"
+            ));
         }
     }
-    match (slot < 2, product.q_params) {
-        (true, None) => Ok(()),
-        _ => Err("a product of integers has no kernel for packed weights".to_owned()),
+    Ok(())
+}
+
+/// tract does not compare the sizes of operands, and reads behind the smaller one.
+fn sizes(model: &TypedModel, node: &TypedNode, product: &EinSum, broadcast: bool) -> Result<Vec<Equal>, String> {
+    let facts = model.node_input_facts(node.id).map_err(|e| format!("{e:#}"))?;
+    let mut equal = Vec::new();
+    for axis in product.axes.iter_all_axes() {
+        let along =
+            axis.inputs.iter().zip(&facts).flat_map(|(places, fact)| places.iter().map(|at| fact.shape.get(*at)));
+        let along: Vec<&TDim> = along.flatten().collect();
+        for size in along.iter().skip(1).filter(|size| **size != along[0]) {
+            let pair = Equal { sizes: [along[0].clone(), (*size).clone()], broadcast };
+            pair.check(&SymbolValues::default())?;
+            equal.push(pair);
+        }
     }
+    Ok(equal)
 }

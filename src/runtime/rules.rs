@@ -11,20 +11,28 @@ use tract_nnef::ast::{
 };
 use tract_nnef::internal::Tensor;
 
-/// Elements that shapes, repeats and amounts of padding written as numbers may ask for at once.
-const MAX_AMOUNT: i64 = 1 << 31;
-/// Arguments by which an operator asks for memory: `(operator, argument)`.
-const AMOUNTS: [(&str, &str); 10] = [
-    ("tile", "repeats"),
-    ("pad", "padding"),
-    ("constant", "shape"),
-    ("tract_core_broadcast", "shape"),
-    ("nearest_upsample", "factor"),
-    ("multilinear_upsample", "factor"),
-    ("tract_core_range", "end"),
-    ("tract_core_one_hot", "dim"),
-    ("copy_n", "times"),
-    ("conv", "padding"),
+/// Axes of a tensor.
+const MAX_RANK: usize = 64;
+/// What tract allocates while it loads or runs, if numbers in the file ask for it: `(operator, argument, its place, most
+/// of the product of its numbers)`. The elements of a window become offsets, a few hundred bytes each.
+const AMOUNTS: [(&str, &str, usize, i64); 17] = [
+    ("tile", "repeats", 1, 1 << 31),
+    ("pad", "padding", 1, 1 << 31),
+    ("constant", "shape", 0, 1 << 31),
+    ("tract_core_broadcast", "shape", 1, 1 << 31),
+    ("tract_core_range", "end", 1, 1 << 31),
+    ("tract_core_one_hot", "dim", 2, 1 << 31),
+    ("copy_n", "times", 1, 1 << 16),
+    ("nearest_upsample", "factor", 1, 1 << 16),
+    ("multilinear_upsample", "factor", 1, 1 << 16),
+    ("conv", "padding", 4, 1 << 31),
+    ("deconv", "padding", 4, 1 << 31),
+    ("box", "size", 1, 1 << 18),
+    ("box", "padding", 3, 1 << 31),
+    ("debox", "size", 1, 1 << 18),
+    ("max_pool", "size", 1, 1 << 18),
+    ("max_pool_with_index", "size", 1, 1 << 18),
+    ("avg_pool", "size", 1, 1 << 18),
 ];
 
 type Checked = Result<(), String>;
@@ -105,16 +113,15 @@ impl Walk<'_> {
         let name = call.id.0.as_str();
         match name {
             "transpose" => check_axes(self.argument(call, "axes", 1, scope))?,
+            "unsqueeze" => check_rank(self.argument(call, "axes", 1, scope))?,
             "matmul" => self.matmul(call, scope)?,
             "tract_moe_ffn" => self.experts(call, scope)?,
             "tract_core_scan" => self.loop_body(call, scope)?,
             _ => {}
         }
-        for (_, argument) in AMOUNTS.iter().filter(|(operator, _)| *operator == name) {
-            // Padding of convolutions is their fourth argument; the others are second.
-            let at = if name == "conv" { 4 } else { usize::from(name != "constant") };
-            if let Some(written) = self.argument(call, argument, at, scope) {
-                check_amount(name, argument, &written)?;
+        for (_, argument, at, most) in AMOUNTS.iter().filter(|(operator, ..)| *operator == name) {
+            if let Some(written) = self.argument(call, argument, *at, scope) {
+                check_amount(name, argument, &written, *most)?;
             }
         }
         Ok(())
@@ -138,8 +145,7 @@ impl Walk<'_> {
     fn experts(&self, call: &Invocation, scope: &Scope) -> Checked {
         let packed = |argument: &Argument| matches!(self.known(&argument.rvalue, scope), Some(Known::Packed));
         let linear = RValue::Literal(Literal::String("linear".to_owned()));
-        if call.arguments.iter().any(packed)
-            && self.argument(call, "expert_layout", usize::MAX, scope) != Some(linear)
+        if call.arguments.iter().any(packed) && self.argument(call, "expert_layout", usize::MAX, scope) != Some(linear)
         {
             return Err("packed experts need expert_layout = \"linear\"".to_owned());
         }
@@ -234,12 +240,19 @@ fn check_axes(axes: Option<RValue>) -> Checked {
     twice.map_or(Ok(()), |(_, axis)| Err(format!("transpose with axis {axis} twice")))
 }
 
-fn check_amount(operator: &str, argument: &str, written: &RValue) -> Checked {
+fn check_rank(axes: Option<RValue>) -> Checked {
+    match axes.and_then(|axes| numbers(&axes)).unwrap_or_default().len() {
+        0..=MAX_RANK => Ok(()),
+        many => Err(format!("unsqueeze with {many} axes")),
+    }
+}
+
+fn check_amount(operator: &str, argument: &str, written: &RValue, most: i64) -> Checked {
     let asked = numbers(written).unwrap_or_default();
     let product = asked.iter().try_fold(1i64, |product, &n| product.checked_mul(n.checked_abs()?.max(1)));
     match product {
-        Some(product) if product <= MAX_AMOUNT => Ok(()),
-        _ => Err(format!("{operator} with {argument} {asked:?}: more than {MAX_AMOUNT} in all")),
+        Some(product) if product <= most => Ok(()),
+        _ => Err(format!("{operator} with {argument} {asked:?}: more than {most} in all")),
     }
 }
 

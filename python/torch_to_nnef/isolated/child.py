@@ -28,19 +28,21 @@ def main() -> NoReturn:
 def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"done": JOBS[request["job"]](folder, Path(request["archive"]), **request["details"])}
-    except (T2NError, MemoryError) as error:
-        message = f"{error}"
-        if isinstance(error, T2NError) and not any(text in message for text in NO_MEMORY):
-            return {"error": type(error).__name__, "message": message}
+    except MemoryError as error:
+        kind, message = "T2NErrorTractLimit", f"{request['archive']}: {error}"
+    except T2NError as error:
+        kind, message = type(error).__name__, str(error)
+    except Exception as error:
+        kind, message = "T2NErrorTractCrash", f"{request['archive']}: {type(error).__name__}: {error}"
+    if kind == "T2NErrorTractLimit" or any(text in message for text in NO_MEMORY):
         allowed = f"{request['memory'] >> 20} MiB allowed (--memory)"
-        return {
-            "error": "T2NErrorTractLimit",
-            "message": f"{request['archive']}: it asked for more than the {allowed}: {message}",
-        }
+        return {"error": "T2NErrorTractLimit", "message": f"{message}; that is more than the {allowed}"}
+    return {"error": kind, "message": message}
 
 
 def _end_with_parent() -> NoReturn:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not through sys.stdin, whose lock the end of the interpreter would want
+        pass
     os._exit(1)
 
 

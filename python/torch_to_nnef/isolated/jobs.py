@@ -94,7 +94,11 @@ def _refuse_unknown(given: Mapping[str, object], model: TractModel) -> None:
 
 
 def _zeros(fact: Fact, sizes: Mapping[str, int]) -> NDArray[Any]:
-    return np.zeros([_extent(fact, dim, sizes) for dim in fact.shape], np.dtype(fact.dtype))
+    shape = [_extent(fact, dim, sizes) for dim in fact.shape]
+    try:
+        return np.zeros(shape, np.dtype(fact.dtype))
+    except (ValueError, TypeError) as error:  # a size beyond all limits, a dtype that numpy does not know
+        raise T2NErrorInvalidArgument(f"input {fact}: there are no zeros of it: {error}") from error
 
 
 def _extent(fact: Fact, dim: int | str, sizes: Mapping[str, int]) -> int:
@@ -141,7 +145,7 @@ def _compare(expected: NDArray[Any], actual: NDArray[Any], tolerance: TractCheck
     want, got = (array.astype(np.float64) for array in (expected, actual))
     with np.errstate(invalid="ignore", over="ignore"):
         gap = np.where((want == got) | (np.isnan(want) & np.isnan(got)), 0.0, np.abs(want - got))
-        outside = int((~(gap <= bounds.atol + bounds.rtol * np.abs(want))).sum())
+        outside = int((~(gap <= bounds.atol + bounds.rtol * np.abs(want)) | np.isinf(gap)).sum())
     worst = float(gap.max(initial=0.0))
     ok = outside <= bounds.outliers * want.size
     return {"ok": ok, "outside": outside, "max_abs": worst if np.isfinite(worst) else None, "reason": None}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 _ANSWER_BYTES = 64 * MIB
-_STDERR_BYTES = 2000  # the end of it, in errors
+_STDERR_BYTES = 2000  # that are looked at
 # It imports what this process would, from the same folders, but never from the current one.
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from torch_to_nnef.isolated.child import main; main()"
@@ -30,7 +30,7 @@ _PACKAGE_FOLDER = str(Path(__file__).parents[2])
 # Threads of numpy's libraries reserve address space for each core.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
 # How running out of memory is told.
-NO_MEMORY = ("memory allocation of", "MemoryError", "cannot start a thread")
+NO_MEMORY = ("memory allocation of", "failed to allocate", "MemoryError", "cannot start a thread")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def ask(job: str, folder: Path, archive: Path, limits: Limits, **details: Any) -
                 ) from None
             finally:
                 child.kill()
+                child.wait()
     return _answer(folder, archive, code, memory)
 
 
@@ -114,15 +115,14 @@ def _answer(folder: Path, archive: Path, code: int, memory: int) -> Any:
 def _ended(folder: Path, archive: Path, code: int, memory: int) -> T2NError:
     """Of a child without an answer."""
     with (folder / "stderr").open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _STDERR_BYTES))
-        said = file.read().decode(errors="replace").strip()
-    where, last = f"{archive}: {_stage(folder)}", said.rpartition("\n")[2]
-    if code == -signal.SIGABRT and any(text in said for text in NO_MEMORY):
-        return T2NErrorTractLimit(f"{where} asked for more than the {memory // MIB} MiB allowed (--memory): {last}")
+        said = file.read(_STDERR_BYTES).decode(errors="replace")
+    where, first = f"{archive}: {_stage(folder)}", said.strip().partition("\n")[0]
+    if no_memory := next((line for line in said.splitlines() if any(text in line for text in NO_MEMORY)), None):
+        return T2NErrorTractLimit(f"{where}: {no_memory}; that is more than the {memory // MIB} MiB allowed (--memory)")
     if code == -getattr(signal, "SIGXCPU", 0):
         return T2NErrorTractLimit(f"{where} took more time than allowed (--seconds)")
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return T2NErrorTractCrash(f"{where} ended its process with {how}{f': {last}' if last else ''}")
+    return T2NErrorTractCrash(f"{where} ended its process with {how}{f': {first}' if first else ''}")
 
 
 def _stage(folder: Path) -> str:
