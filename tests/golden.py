@@ -1,4 +1,7 @@
-"""Small models with weights that are exact on every machine, and the hashes of their archives; run it to print them as JSON."""
+"""Small models with weights that are exact on every machine, and the hashes of their archives.
+
+`golden.py THREADS REPEATS` prints them as JSON; `golden.py --write` commits to them, after a change that is meant to change archives.
+"""
 
 import hashlib
 import json
@@ -108,6 +111,9 @@ def digests(names=tuple(MODELS)):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        made = json.dumps({"versions": VERSIONS, "sha256": digests()}, indent=2)
+        sys.exit(Path(__file__).with_name("golden.json").write_text(f"{made}\n") == 0)
     threads, repeats = map(int, sys.argv[1:])
     torch.set_num_threads(threads)
     for _ in range(repeats):

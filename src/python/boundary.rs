@@ -88,12 +88,18 @@ fn wait<T>(
             }
             Err(RecvTimeoutError::Timeout) => {
                 if signal.is_none() {
-                    signal = Python::attach(|py| py.check_signals()).err();
+                    signal = raised();
                     stop.store(signal.is_some(), Ordering::Relaxed);
                 }
             }
         }
     }
+}
+
+/// The exception that the handler of a pending signal raises, if it does.
+#[expect(clippy::redundant_closure_for_method_calls, reason = "the bare method is not general over lifetimes")]
+fn raised() -> Option<PyErr> {
+    Python::attach(|py| py.check_signals()).err()
 }
 
 fn raise<T>(py: Python<'_>, outcome: Result<T>, signal: Option<PyErr>) -> PyResult<T> {
@@ -111,7 +117,7 @@ pub fn native_here<T: Send>(py: Python<'_>, work: impl FnOnce(&dyn Fn() -> bool)
             work(&|| {
                 if asked.get().elapsed() >= SIGNAL_POLL {
                     asked.set(Instant::now());
-                    signal.replace(Python::attach(|py| py.check_signals()).err());
+                    signal.replace(raised());
                 }
                 signal.borrow().is_some()
             })

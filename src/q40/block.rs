@@ -37,14 +37,15 @@ pub fn join(codes: &[u8], scales: &[u8], blocks: &mut [u8], stop: &AtomicBool) -
     let codes = codes.as_chunks::<CODE_BYTES>().0.par_chunks(MIN_BLOCKS);
     let scales = scales.as_chunks::<SCALE_BYTES>().0.par_chunks(MIN_BLOCKS);
     let blocks = blocks.as_chunks_mut::<BLOCK_BYTES>().0.par_chunks_mut(MIN_BLOCKS);
-    let run = |((blocks, codes), scales): ((&mut [[u8; BLOCK_BYTES]], &[[u8; CODE_BYTES]]), &[[u8; SCALE_BYTES]])| {
-        for ((block, codes), scale) in blocks.iter_mut().zip(codes).zip(scales) {
-            block[..SCALE_BYTES].copy_from_slice(scale);
-            block[SCALE_BYTES..].copy_from_slice(codes);
-        }
-        alive(stop)
-    };
-    pool::install(|| blocks.zip(codes).zip(scales).try_for_each(run))
+    pool::install(|| {
+        blocks.zip(codes).zip(scales).try_for_each(|((blocks, codes), scales)| {
+            for ((block, codes), scale) in blocks.iter_mut().zip(codes).zip(scales) {
+                block[..SCALE_BYTES].copy_from_slice(scale);
+                block[SCALE_BYTES..].copy_from_slice(codes);
+            }
+            alive(stop)
+        })
+    })
 }
 
 /// Inverse of [`join`].
@@ -53,15 +54,15 @@ pub fn split(blocks: &[u8], codes: &mut [u8], scales: &mut [u8], stop: &AtomicBo
     let codes = codes.as_chunks_mut::<CODE_BYTES>().0.par_chunks_mut(MIN_BLOCKS);
     let scales = scales.as_chunks_mut::<SCALE_BYTES>().0.par_chunks_mut(MIN_BLOCKS);
     let blocks = blocks.as_chunks::<BLOCK_BYTES>().0.par_chunks(MIN_BLOCKS);
-    let run =
-        |((blocks, codes), scales): ((&[[u8; BLOCK_BYTES]], &mut [[u8; CODE_BYTES]]), &mut [[u8; SCALE_BYTES]])| {
+    pool::install(|| {
+        blocks.zip(codes).zip(scales).try_for_each(|((blocks, codes), scales)| {
             for ((block, codes), scale) in blocks.iter().zip(codes).zip(scales) {
                 scale.copy_from_slice(&block[..SCALE_BYTES]);
                 codes.copy_from_slice(&block[SCALE_BYTES..]);
             }
             alive(stop)
-        };
-    pool::install(|| blocks.zip(codes).zip(scales).try_for_each(run))
+        })
+    })
 }
 
 fn check(codes: &[u8], scales: &[u8], blocks: &[u8]) -> Result<()> {
