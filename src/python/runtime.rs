@@ -9,6 +9,7 @@ use pyo3::types::{PyDict, PyList};
 
 use super::boundary::{native, native_short, to_py};
 use super::q40::input;
+use super::whole::Whole;
 use crate::error::Error;
 use crate::preflight;
 use crate::runtime::{self, Array, Dim, Fact, Input, Property};
@@ -29,15 +30,25 @@ pub struct Model(Arc<runtime::Model>);
 impl Model {
     #[staticmethod]
     #[pyo3(signature = (path, outputs = None, threads = None))]
-    fn load(py: Python<'_>, path: PathBuf, outputs: Option<Vec<String>>, threads: Option<usize>) -> PyResult<Self> {
-        native(py, move |stop| runtime::Model::load(&path, outputs.as_deref(), threads, stop))
+    fn load(
+        py: Python<'_>,
+        path: PathBuf,
+        outputs: Option<Vec<String>>,
+        threads: Option<Whole<usize>>,
+    ) -> PyResult<Self> {
+        native(py, move |stop| runtime::Model::load(&path, outputs.as_deref(), threads.map(|n| n.0), stop))
             .map(|m| Self(Arc::new(m)))
     }
 
     #[staticmethod]
     #[pyo3(signature = (data, outputs = None, threads = None))]
-    fn load_bytes(py: Python<'_>, data: &[u8], outputs: Option<Vec<String>>, threads: Option<usize>) -> PyResult<Self> {
-        native(py, move |stop| runtime::Model::load_bytes(data, outputs.as_deref(), threads, stop))
+    fn load_bytes(
+        py: Python<'_>,
+        data: &[u8],
+        outputs: Option<Vec<String>>,
+        threads: Option<Whole<usize>>,
+    ) -> PyResult<Self> {
+        native(py, move |stop| runtime::Model::load_bytes(data, outputs.as_deref(), threads.map(|n| n.0), stop))
             .map(|m| Self(Arc::new(m)))
     }
 
