@@ -7,6 +7,7 @@ use super::boundary::to_py;
 use crate::error::Error;
 
 /// A `T` of sizes or counts; an integer that does not fit is an error of ours, not an `OverflowError`.
+#[derive(Clone, Copy)]
 pub struct Whole<T>(pub T);
 
 impl<'a, 'py, T: FromPyObject<'a, 'py>> FromPyObject<'a, 'py> for Whole<T> {
