@@ -11,6 +11,7 @@ use pyo3::types::PyBytes;
 
 use super::boundary::{native, native_owned, native_short};
 use super::q40::{Bytes, input};
+use super::whole::Whole;
 use crate::archive::{self, Form};
 use crate::dat::{self, DatType, Header, Q40Planes};
 use crate::error::{Error, Result};
@@ -23,31 +24,37 @@ pub fn read_dat(py: Python<'_>, path: PathBuf) -> PyResult<(&'static str, Vec<us
 }
 
 #[pyfunction]
-pub fn write_dat(py: Python<'_>, path: PathBuf, dtype: &str, shape: Vec<usize>, data: &Bytes<'_>) -> PyResult<()> {
+pub fn write_dat(
+    py: Python<'_>,
+    path: PathBuf,
+    dtype: &str,
+    shape: Whole<Vec<usize>>,
+    data: &Bytes<'_>,
+) -> PyResult<()> {
     let data = input(data, "data")?;
     let data = data.as_slice()?;
-    native(py, |stop| dat::write(&path, &plain_header(dtype, &shape, data)?, data, stop))
+    native(py, |stop| dat::write(&path, &plain_header(dtype, &shape.0, data)?, data, stop))
 }
 
 #[pyfunction]
 pub fn write_dat_q40(
     py: Python<'_>,
     path: PathBuf,
-    shape: Vec<usize>,
+    shape: Whole<Vec<usize>>,
     codes: &Bytes<'_>,
     scales: &Bytes<'_>,
 ) -> PyResult<()> {
     let (codes, scales) = (input(codes, "codes")?, input(scales, "scales")?);
     let (codes, scales) = (codes.as_slice()?, scales.as_slice()?);
     native(py, |stop| {
-        let (header, planes) = q40_payload(&shape, codes, scales)?;
+        let (header, planes) = q40_payload(&shape.0, codes, scales)?;
         dat::write(&path, &header, planes, stop)
     })
 }
 
 #[pyfunction]
-pub fn check_dats(py: Python<'_>, tensors: Vec<(String, String, Vec<usize>)>) -> PyResult<()> {
-    native_short(py, || archive::check_dats(&tensors))
+pub fn check_dats(py: Python<'_>, tensors: Whole<Vec<(String, String, Vec<usize>)>>) -> PyResult<()> {
+    native_short(py, || archive::check_dats(&tensors.0))
 }
 
 #[pyfunction]
@@ -68,8 +75,13 @@ pub fn archive_tensors(py: Python<'_>, path: PathBuf) -> PyResult<Vec<PyEntry>> 
 }
 
 #[pyfunction]
-pub fn archive_read(py: Python<'_>, path: PathBuf, name: String, max_bytes: u64) -> PyResult<Bound<'_, PyBytes>> {
-    let content = native_owned(py, move |stop| archive::read(&path, &name, max_bytes, stop))?;
+pub fn archive_read(
+    py: Python<'_>,
+    path: PathBuf,
+    name: String,
+    max_bytes: Whole<u64>,
+) -> PyResult<Bound<'_, PyBytes>> {
+    let content = native_owned(py, move |stop| archive::read(&path, &name, max_bytes.0, stop))?;
     Ok(PyBytes::new(py, &content))
 }
 
@@ -130,13 +142,13 @@ pub struct ArchiveWriter(Mutex<archive::ArchiveWriter>);
 #[pymethods]
 impl ArchiveWriter {
     #[new]
-    #[pyo3(signature = (path, form, compression_level = 0))]
-    fn new(py: Python<'_>, path: PathBuf, form: &str, compression_level: u32) -> PyResult<Self> {
+    #[pyo3(signature = (path, form, compression_level = Whole(0)))]
+    fn new(py: Python<'_>, path: PathBuf, form: &str, compression_level: Whole<u32>) -> PyResult<Self> {
         let writer = native_short(py, || {
             let form = match form {
                 "folder" => Form::Folder,
                 "tar" => Form::Tar,
-                "tgz" => Form::Tgz { level: compression_level },
+                "tgz" => Form::Tgz { level: compression_level.0 },
                 _ => return Err(Error::InvalidArgument(format!("form {form:?} is not folder, tar or tgz"))),
             };
             archive::ArchiveWriter::create(&path, form)
@@ -153,26 +165,26 @@ impl ArchiveWriter {
         py: Python<'_>,
         label: &str,
         dtype: &str,
-        shape: Vec<usize>,
+        shape: Whole<Vec<usize>>,
         data: &Bytes<'_>,
     ) -> PyResult<()> {
         let data = input(data, "data")?;
         let data = data.as_slice()?;
-        native(py, |stop| self.lock().add_dat(label, &plain_header(dtype, &shape, data)?, data, stop))
+        native(py, |stop| self.lock().add_dat(label, &plain_header(dtype, &shape.0, data)?, data, stop))
     }
 
     fn add_q40(
         &self,
         py: Python<'_>,
         label: &str,
-        shape: Vec<usize>,
+        shape: Whole<Vec<usize>>,
         codes: &Bytes<'_>,
         scales: &Bytes<'_>,
     ) -> PyResult<()> {
         let (codes, scales) = (input(codes, "codes")?, input(scales, "scales")?);
         let (codes, scales) = (codes.as_slice()?, scales.as_slice()?);
         native(py, |stop| {
-            let (header, planes) = q40_payload(&shape, codes, scales)?;
+            let (header, planes) = q40_payload(&shape.0, codes, scales)?;
             self.lock().add_dat(label, &header, planes, stop)
         })
     }

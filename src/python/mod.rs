@@ -4,6 +4,7 @@ mod archive;
 mod boundary;
 mod q40;
 mod runtime;
+mod whole;
 
 use pyo3::prelude::*;
 

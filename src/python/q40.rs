@@ -4,6 +4,7 @@ use numpy::{Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArra
 use pyo3::prelude::*;
 
 use super::boundary::{native, to_py};
+use super::whole::Whole;
 use crate::error::Error;
 use crate::q40::{self, Encoder, FloatType, Moments};
 
@@ -49,7 +50,7 @@ pub fn q40_quantize_with_scales(
 pub fn q40_quantize_weighted(
     py: Python<'_>,
     data: &Array<'_, f32>,
-    width: usize,
+    width: Whole<usize>,
     importance: &Array<'_, f32>,
     name: &str,
     codes: &Bytes<'_>,
@@ -59,7 +60,7 @@ pub fn q40_quantize_weighted(
     let (mut codes, mut scales) = (output(codes, "codes")?, output(scales, "scales")?);
     let (data, importance) = (data.as_slice()?, importance.as_slice()?);
     let (codes, scales) = (codes.as_slice_mut()?, scales.as_slice_mut()?);
-    native(py, |stop| q40::quantize_weighted(data, width, importance, name, codes, scales, stop))
+    native(py, |stop| q40::quantize_weighted(data, width.0, importance, name, codes, scales, stop))
 }
 
 #[pyfunction]
@@ -67,13 +68,13 @@ pub fn q40_quantize_weighted(
 pub fn q40_quantize_hessian(
     py: Python<'_>,
     data: &Array<'_, f32>,
-    width: usize,
+    width: Whole<usize>,
     hessian: &Array<'_, f32>,
     ridge: f32,
     factor: &Array<'_, f32>,
     order: &Array<'_, u32>,
     importance: &Array<'_, f32>,
-    sweeps: usize,
+    sweeps: Whole<usize>,
     name: &str,
     codes: &Bytes<'_>,
     scales: &Bytes<'_>,
@@ -89,7 +90,7 @@ pub fn q40_quantize_hessian(
         importance: importance.as_slice()?,
     };
     let (data, codes, scales) = (data.as_slice()?, codes.as_slice_mut()?, scales.as_slice_mut()?);
-    native(py, |stop| q40::quantize_hessian(data, width, moments, sweeps, name, codes, scales, stop))
+    native(py, |stop| q40::quantize_hessian(data, width.0, moments, sweeps.0, name, codes, scales, stop))
 }
 
 #[pyfunction]

@@ -10,6 +10,7 @@ use pyo3::types::{PyDict, PyList};
 
 use super::boundary::{native_here, native_owned, native_short, to_py};
 use super::q40::input;
+use super::whole::Whole;
 use crate::error::Error;
 use crate::preflight;
 use crate::runtime::{self, Array, Dim, Fact, Input, Property};
@@ -30,7 +31,13 @@ pub struct Model(Arc<runtime::Model>);
 impl Model {
     #[staticmethod]
     #[pyo3(signature = (path, outputs = None, threads = None))]
-    fn load(py: Python<'_>, path: PathBuf, outputs: Option<Vec<String>>, threads: Option<usize>) -> PyResult<Self> {
+    fn load(
+        py: Python<'_>,
+        path: PathBuf,
+        outputs: Option<Vec<String>>,
+        threads: Option<Whole<usize>>,
+    ) -> PyResult<Self> {
+        let threads = threads.map(|n| n.0);
         native_owned(py, move |stop| runtime::Model::load(&path, outputs.as_deref(), threads, stop))
             .map(|m| Self(Arc::new(m)))
     }
@@ -41,8 +48,9 @@ impl Model {
         py: Python<'_>,
         data: PyBackedBytes,
         outputs: Option<Vec<String>>,
-        threads: Option<usize>,
+        threads: Option<Whole<usize>>,
     ) -> PyResult<Self> {
+        let threads = threads.map(|n| n.0);
         native_owned(py, move |stop| runtime::Model::load_bytes(&data, outputs.as_deref(), threads, stop))
             .map(|m| Self(Arc::new(m)))
     }

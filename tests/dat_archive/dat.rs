@@ -166,6 +166,87 @@ fn what_the_format_cannot_say_is_refused() {
     assert!(matches!(DatType::from_name("bf16"), Err(Error::InvalidArgument(_))));
 }
 
+const EDGES: [usize; 14] = [
+    0,
+    1,
+    2,
+    31,
+    32,
+    1 << 16,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 32,
+    (1 << 32) + 1,
+    (1 << 63) - 1,
+    1 << 63,
+    usize::MAX,
+];
+
+/// Bytes of a payload, counted without an end.
+fn exact_len(dtype: DatType, shape: &[usize]) -> Option<u128> {
+    let count = |dims: &[usize]| dims.iter().try_fold(1_u128, |n, &d| n.checked_mul(d as u128));
+    let len = if shape.contains(&0) { 0 } else { count(shape)? };
+    let bits =
+        u128::from(u32::from_le_bytes(Header::new(dtype, &[1, 32]).unwrap().encode()[44..48].try_into().unwrap()));
+    Some(if dtype == DatType::Q40 { len / 32 * 18 } else { len.checked_mul(bits / 8)? })
+}
+
+#[test]
+fn sizes_at_the_edges_are_said_exactly_or_refused() {
+    let mut tried = 0;
+    for dtype in DatType::ALL {
+        let shapes = EDGES.into_iter().flat_map(|a| EDGES.map(move |b| (a, b)));
+        for shape in shapes.flat_map(|(a, b)| [vec![a], vec![a, b], vec![a, b, 32], vec![1, a, 1, b, a, 1, 1, b]]) {
+            let len = exact_len(dtype, &shape).filter(|&n| n < 1 << 32);
+            let row = shape.get(1..).filter(|rest| !rest.is_empty()).and_then(|rest| exact_len(DatType::U8, rest));
+            let sayable = shape.iter().all(|&d| d < 1 << 32)
+                && (dtype != DatType::Bool || len != Some(0))
+                && (dtype != DatType::Q40 || row.is_some_and(|row| row % 32 == 0));
+            match Header::new(dtype, &shape) {
+                Ok(header) => {
+                    assert!(sayable, "{dtype:?} {shape:?}");
+                    assert_eq!(Some(u128::from(header.payload_len())), len, "{dtype:?} {shape:?}");
+                    assert_eq!(Header::decode(&header.encode()).unwrap(), header);
+                }
+                // Dimensions may overflow before one of them is 0.
+                Err(Error::InvalidArgument(_) | Error::ImpossibleQuantization(_)) => {
+                    assert!(!sayable || len.is_none() || shape.contains(&0), "{dtype:?} {shape:?}");
+                }
+                Err(other) => panic!("{dtype:?} {shape:?}: {other}"),
+            }
+            tried += 1;
+        }
+    }
+    assert_eq!(tried, 13 * 14 * 14 * 4);
+}
+
+#[test]
+fn fields_at_the_edges_are_refused_before_a_payload_is_looked_for() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("w.dat");
+    for dtype in [DatType::F32, DatType::U8, DatType::Q40] {
+        let good = Header::new(dtype, &[2, 32]).unwrap();
+        let payload = vec![0; usize::try_from(good.payload_len()).unwrap()];
+        // Bytes announced, rank, eight dimensions, bits.
+        for at in (4..48).step_by(4) {
+            for value in [0, 1, 9, 1 << 16, (1 << 31) - 1, 1 << 31, u32::MAX - 1, u32::MAX] {
+                let mut bytes = good.encode().to_vec();
+                let unchanged = bytes[at..at + 4] == value.to_le_bytes();
+                bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+                bytes.extend_from_slice(&payload);
+                fs::write(&path, &bytes).unwrap();
+                match dat::read(&path) {
+                    Err(Error::InconsistentTensor(_)) => {}
+                    // What stands behind the rank is not read.
+                    Ok((header, _)) => assert!((unchanged || at >= 20) && header == good, "{dtype:?} {at} {value}"),
+                    Err(other) => panic!("{dtype:?} {at} {value}: {other}"),
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn headers_that_lie_are_refused() {
     let good = Header::new(DatType::F32, &[2, 3]).unwrap().encode();

@@ -7,8 +7,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.exceptions import (
+    T2NErrorInconsistentTensor,
+    T2NErrorInvalidArgument,
+    T2NErrorNotFoundFile,
+    T2NErrorRuntime,
+)
 from torch_to_nnef.tensor import OffloadedTensor, t2n_load_checkpoint_and_dispatch
+from torch_to_nnef.tensor.extents import own_memory
 from torch_to_nnef.tensor.quant import QTensor, quantize_q40, save_safetensors
 from torch_to_nnef.tensor.quant.serialize import offloaded_tensors
 
@@ -140,6 +146,13 @@ def test_no_checkpoint(tmp_path):
 
 
 # -- sizes at the edges, and notes that lie
+
+
+@pytest.mark.parametrize("size", [2**46, 2**60, 2**80])
+def test_memory_that_there_is_not(size):
+    with pytest.raises(T2NErrorRuntime, match="no memory"):
+        own_memory((size,), torch.float64)
+
 
 EDGES = (
     2**31 - 1,

@@ -282,6 +282,8 @@ def _config(place: _Place, trust_remote_code: bool) -> tuple[PreTrainedConfig, s
 
     if place.gguf is None and not (place.folder / "config.json").exists():
         hint = "; of a repository with GGUF files name one: owner/name/file.gguf" if place.slug else ""
+        if (place.folder / "quantize-shards.json").exists():
+            hint = "; t2n quantize-shards has not finished it: run it again"
         raise T2NErrorNotFoundFile(f"{place.name} has no config.json and is no GGUF file{hint}")
     with _told(f"read the config of {place.name}"):
         config = AutoConfig.from_pretrained(place.folder, **_source(place.gguf, trust_remote_code))

@@ -260,11 +260,11 @@ def _complete(work: WorkList, checkpoint: Path, out: Path) -> Shards:
 def _copy_description(work: WorkList, checkpoint: Path, out: Path) -> None:
     """Config, with a mark that its weights are packed, and tokenizer; not the indices of the weights."""
     try:
-        config = json.loads((checkpoint / "config.json").read_bytes())
+        config = dict(json.loads((checkpoint / "config.json").read_bytes()))
     except OSError as error:
         raise T2NErrorNotFoundFile(f"cannot read {checkpoint / 'config.json'}: {error}") from error
-    except ValueError as error:
-        raise T2NErrorInconsistentTensor(f"{checkpoint / 'config.json'} is no JSON: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise T2NErrorInconsistentTensor(f"{checkpoint / 'config.json'} is no JSON object: {error}") from error
     (out / WORK).mkdir(exist_ok=True)
     for path in sorted(chain.from_iterable(checkpoint.glob(pattern) for pattern in hub.DESCRIPTION)):
         if path.is_file() and not path.name.endswith(".index.json") and path.name not in ("config.json", MANIFEST):
