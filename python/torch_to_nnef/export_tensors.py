@@ -40,6 +40,7 @@ def export_tensors_to_nnef(name_to_torch_tensors: Mapping[str, torch.Tensor], ou
     """
     output_dir = Path(output_dir)
     check_dats([_described(name, tensor) for name, tensor in name_to_torch_tensors.items()])
+    require_space(output_dir, sum(map(stored_nbytes, name_to_torch_tensors.values())))
     paths = [output_dir / f"{name}.dat" for name in name_to_torch_tensors]
     try:
         for folder in dict.fromkeys([output_dir, *(path.parent for path in paths)]):
@@ -48,7 +49,6 @@ def export_tensors_to_nnef(name_to_torch_tensors: Mapping[str, torch.Tensor], ou
         raise T2NErrorRuntime(f"cannot make a folder in {output_dir}: {error}") from error
     for folder in dict.fromkeys(path.parent for path in paths):
         sweep(folder)
-    require_space(output_dir / "*.dat", sum(map(stored_nbytes, name_to_torch_tensors.values())))
     for path, (name, tensor) in zip(paths, name_to_torch_tensors.items(), strict=True):
         if isinstance(tensor, QTensor):
             tensor.write_in_file(output_dir, name)

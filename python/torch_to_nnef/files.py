@@ -52,10 +52,10 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def require_space(path: Path, nbytes: int) -> None:
-    """Raise `T2NErrorRuntime` unless the file system of `path` has `nbytes` free; its folder exists. Quotas are not seen."""
+    """Raise `T2NErrorRuntime` unless the file system that `path` goes to has `nbytes` free. Quotas are not seen."""
     with writing(path):
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
     if nbytes > free:
         raise T2NErrorRuntime(
-            f"cannot write {os.fspath(path)!r}: it takes {nbytes:,} bytes, and {free:,} are free in {path.parent}"
+            f"cannot write {path.name!r}: it takes {nbytes:,} bytes, and {free:,} are free on its file system"
         )

@@ -13,6 +13,7 @@ from torch_to_nnef._native import __version__, tract_version
 from torch_to_nnef.compress import Choice, dynamic_load_registry
 from torch_to_nnef.exceptions import T2NError, T2NErrorIOPytorchTractNotISO
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, locate, relower
+from torch_to_nnef.files import require_space
 from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.folds import find_folds
 from torch_to_nnef.graph.inputs import prepare
@@ -119,6 +120,9 @@ class Work:
     def export(self, choice: Choice, layout: Layout) -> LlmReport:
         """From the loaded model to the files of `layout`."""
         original = Totals.of((), *_extent(self.model))
+        # At least: all packed to 4.5 bits, if any, and half of it compressed away.
+        least = original.parameter_count * 9 // 16 if choice.methods else original.parameter_bytes_before
+        require_space(layout.archive, least // 2)
         with self._float_reference() as reference, recording() as rows, progress_bars() as bars:
             with self.steps("capture"):
                 captured, graph = self.capture()
