@@ -9,6 +9,7 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,6 +117,8 @@ def _describe(name: str, tensor: QTensor) -> dict[str, Any]:
 
 
 def _restore(file: Any, name: str, about: dict[str, Any]) -> QTensor:
+    if not isinstance(about["nnef_name"], (str, NoneType)):
+        raise TypeError(f"`{name}`: its nnef_name is {about['nnef_name']!r}")
     scheme_class = _SCHEMES[about["scheme"]]
     tensors = {n: file.get_tensor(f"{name}::{n}") for n in scheme_class.tensor_names}
     scheme = scheme_class.from_plain({**about["scheme_state"], **tensors})
