@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 
 from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, T2NErrorNotFoundFile
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
+from torch_to_nnef.tensor.quant.affine import Affine8
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
 from torch_to_nnef.tensor.quant.half import F16, QTensorHalf
-from torch_to_nnef.tensor.quant.int8 import Affine8, QTensorInt8
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8
 from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed
 
