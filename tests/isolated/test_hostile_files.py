@@ -119,7 +119,8 @@ def paths(value, at=()):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "a", ".a", "a.", "os", "os.", "os.path", "os.system", "os.nothing", "no_such_module.NAME", "a..b", "../a.b", "/a.b", "a b.c",
+    ["", ".", "..", "a", ".a", "a.", "os", "os.", "os.path", "os.system", "os.nothing", "no_such_module.NAME",
+     "a..b", "../a.b", "/a.b", "a b.c",
      "torch_to_nnef.compress.dynamic_load_registry",
      "sys.modules", "a\0.b", "é.b", "builtins.eval", "a." * 1000 + "b"],
 )  # fmt: skip
