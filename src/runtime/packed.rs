@@ -112,17 +112,17 @@ fn check_use(node: &TypedNode, slot: usize, shape: &[usize]) -> Checked {
 
 /// Groups run along the last axis: it is the one that is summed, with one of the other operand, and the only one.
 fn check_product(product: &EinSum, slot: usize, rank: usize) -> Checked {
-    let axes = &product.axes;
-    if product.q_params.is_some() || axes.input_count() != 2 {
+    let mapping = &product.axes;
+    if product.q_params.is_some() || mapping.input_count() != 2 {
         return Err("only products of two operands in floats have kernels for packed weights".to_owned());
     }
     for at in 0..rank {
-        let axis = axes.axis((InOut::In(slot), at)).map_err(|e| format!("{e:#}"))?;
+        let axis = mapping.axis((InOut::In(slot), at)).map_err(|e| format!("{e:#}"))?;
         let (shown, shared) = (axis.outputs[0].len(), axis.inputs[1 - slot].len());
         let legal = if at + 1 == rank { (shown, shared) == (0, 1) } else { shown == 1 && shared < 2 };
         if !legal || axis.inputs[slot].len() != 1 {
             return Err(format!(
-                "the product {axes} must sum over the last axis of the packed weight, and only over it"
+                "the product {mapping} must sum over the last axis of the packed weight, and only over it"
             ));
         }
     }

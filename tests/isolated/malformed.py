@@ -76,7 +76,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
-def headers() -> Iterator[Case]:
+def dats() -> Iterator[Case]:
     """Every field of a `.dat` header at its edges; the names of integers that tract takes for others are no fault."""
     for kind, content in DATS.items():
         for field, at, form, values in FIELDS:
@@ -86,7 +86,12 @@ def headers() -> Iterator[Case]:
                     continue
                 changed = bytearray(content)
                 struct.pack_into(form, changed, at, value)
-                yield f"{kind}: {field} at {at} is {value:#x}", with_weight(bytes(changed))
+                yield f"{kind}: {field} at {at} is {value:#x}", bytes(changed)
+
+
+def headers() -> Iterator[Case]:
+    """`dats` in archives."""
+    return ((what, with_weight(content)) for what, content in dats())
 
 
 def truncations(step: int) -> Iterator[Case]:
@@ -110,7 +115,8 @@ NAMES = [
 ]  # fmt: skip
 COLLISIONS = [
     ("w", "w"), ("w", "W"), ("a/w", "A/w"), ("é", "É"), ("\u00e9", "e\u0301"), ("\u00c5", "\u212b"), ("ﬁ", "fi"), ("ß", "SS"),
-    ("ß", "ss"), ("\u1e9e", "ss"), ("K", "\u212a"), ("Ω", "\u2126"), ("가", "\u1100\u1161"), ("ǆ", "Ǆ"), ("ſ", "s"), ("ω", "Ω"), ("İ", "i\u0307"),
+    ("ß", "ss"), ("\u1e9e", "ss"), ("K", "\u212a"),
+    ("Ω", "\u2126"), ("가", "\u1100\u1161"), ("ǆ", "Ǆ"), ("\u017f", "s"), ("ω", "Ω"), ("İ", "i\u0307"),
     ("ö", "o\u0308"), ("Ö", "o\u0308"), ("①", "1"), ("\uff37", "w"),
 ]  # fmt: skip
 
@@ -130,7 +136,14 @@ def members(every: int) -> Iterator[Case]:
     kinds = set(range(256)) - set(b"\x000571LKxg")  # files, folders, and the extensions
     for kind in sorted(kinds)[::every]:
         yield f"a member of type {kind}", _tar_header(156, bytes([kind]))
-    for link in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE):
+    for link in (
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.GNUTYPE_SPARSE,
+    ):
         yield f"a graph of type {link!r}", tar([("graph.nnef", graph("y = x;"))], type=link, linkname="/etc/passwd")
     for size in (b"7" * 11, b"00000020000", b"77777777777\0", b"-0000000001\0", b"abcdefghijk\0", b"\x80" + b"\xff" * 11,
                  b"\xff" * 12, b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7, b"\x80" + bytes(4) + b"\x80" + bytes(6)):  # fmt: skip
@@ -140,7 +153,17 @@ def members(every: int) -> Iterator[Case]:
     for at in range(0, 148, max(1, every)):
         yield f"byte {at} of a header without its checksum", SOUND[:at] + bytes([SOUND[at] ^ 0x15]) + SOUND[at + 1 :]
     for kind in b"LKxg":
-        for content in (b"", b"\0", b"a" * 600, b"\xff\xfe\0", b"99999999999 path=a\n", b"12 path=../w\n", b"5 a\n", b"-5 path=a\n", b"path"):
+        for content in (
+            b"",
+            b"\0",
+            b"a" * 600,
+            b"\xff\xfe\0",
+            b"99999999999 path=a\n",
+            b"12 path=../w\n",
+            b"5 a\n",
+            b"-5 path=a\n",
+            b"path",
+        ):
             long = tar([("././@LongLink", content)], type=bytes([kind]))[: 512 + -(-len(content) // 512) * 512]
             yield f"an extension {chr(kind)} of {content[:20]!r} twice the size of all", long + _large(kind)
 
@@ -160,10 +183,11 @@ def _tar_header(at: int, value: bytes) -> bytes:
     return bytes(header) + SOUND[512:]
 
 
-RESERVED = (
-    "abs add add_n avg_pool box ceil clamp constant conv debox deconv div eq exp ge gt le length_of log log2 lt matmul max max_pool "
-    "max_pool_with_index mean_reduce min mul ne pow prelu range_of round select sign sqr sqrt sub sum_reduce"
-).split()
+RESERVED = [
+    "abs", "add", "add_n", "avg_pool", "box", "ceil", "clamp", "constant", "conv", "debox", "deconv", "div", "eq", "exp", "ge", "gt",
+    "le", "length_of", "log", "log2", "lt", "matmul", "max", "max_pool", "max_pool_with_index", "mean_reduce", "min", "mul", "ne",
+    "pow", "prelu", "range_of", "round", "select", "sign", "sqr", "sqrt", "sub", "sum_reduce",
+]  # fmt: skip
 # What asks for too much, and where it is put.
 HUGE = {
     "tile(x, repeats = [{}, 1])": (1 << 32, 1 << 62),
@@ -201,11 +225,28 @@ def graphs(most: int) -> Iterator[Case]:
         yield f"a fragment {name}", text("y = x;", fragment(name, "a"))
         yield f"a fragment i'{name}'", text("y = x;", fragment(f"i'{name}'", "a"))
     for length in (1, 2, 3, 5, 8, 13, 40, 100, 200):
-        for call in ("f{}(a)", "relu(f{}(a))", "a + f{}(a)", "i'f{}'(a)", "f{} < scalar > (a)", "tract_core_scan('f{}')", "-f{}(a)"):
+        for call in (
+            "f{}(a)",
+            "relu(f{}(a))",
+            "a + f{}(a)",
+            "i'f{}'(a)",
+            "f{} < scalar > (a)",
+            "tract_core_scan('f{}')",
+            "-f{}(a)",
+        ):
             cycle = "".join(fragment(f"f{i}", call.format((i + 1) % length)) for i in range(length))
             yield f"a cycle of {length} by {call}", text("y = f0(x);", cycle)
     for depth in (300, 3_000, 30_000):
-        for left, right in (("(", ")"), ("relu(", ")"), ("-", ""), ("!", ""), ("[", "]"), ("x + ", ""), ("x ^ ", ""), ("x == ", "")):
+        for left, right in (
+            ("(", ")"),
+            ("relu(", ")"),
+            ("-", ""),
+            ("!", ""),
+            ("[", "]"),
+            ("x + ", ""),
+            ("x ^ ", ""),
+            ("x == ", ""),
+        ):
             yield f"{depth} {left} around a value", text(f"y = {left * depth}x{right * depth};")
         yield f"{depth} [ on the left", text(f"{'[' * depth}y{']' * depth} = x;")
         yield f"{depth} ( in a shape", text(f"z = external<scalar>(shape = [{'(' * depth}4{')' * depth}]); y = x;")
@@ -240,11 +281,27 @@ def misuses() -> Iterator[Case]:
     for use in MISUSES:
         yield use, with_weight(packed(64, 32), f"y = {use};", "64, 32")
         reshaped = re.sub(r"\bw\b", "v", use)
-        yield f"{use} reshaped", with_weight(packed(64, 32), f"v = reshape(w, shape = [64, 32]);\ny = {reshaped};", "64, 32")
+        yield (
+            f"{use} reshaped",
+            with_weight(packed(64, 32), f"v = reshape(w, shape = [64, 32]);\ny = {reshaped};", "64, 32"),
+        )
         inside = fragment("f", use, "x: tensor<scalar>, w: tensor<scalar>")
         yield f"{use} in a fragment", with_weight(packed(64, 32), "y = f(x, w);", "64, 32", inside)
     product = 'y = tract_core_einsum([x, w], expr = "ab,cb->ac", acc = "f32");'
-    for shape in ("32, 64", "64, 64", "2, 1024, 2", "64", "64, 31", "1", "", "2048", "64, 32, 1, 2", "0, 32", "65, 32", "4294967296, 1"):
+    for shape in (
+        "32, 64",
+        "64, 64",
+        "2, 1024, 2",
+        "64",
+        "64, 31",
+        "1",
+        "",
+        "2048",
+        "64, 32, 1, 2",
+        "0, 32",
+        "65, 32",
+        "4294967296, 1",
+    ):
         yield f"a packed weight of 64 x 32 as [{shape}]", with_weight(packed(64, 32), product, shape)
 
 
@@ -252,9 +309,31 @@ def mutations(count: int, seed: int) -> Iterator[Case]:
     """A sound archive with a token of its graph replaced, doubled or gone, or a byte of it changed: some are still sound."""
     random = np.random.default_rng(seed)
     layers = fragment("layer", "relu(matmul(x, w, transposeB = true) + 1.0)", "x: tensor<scalar>, w: tensor<scalar>")
-    graph_text = graph(W.format("32, 32") + "h = layer(x, w);\ny = transpose(pad(h, padding = [(0, 1), (1, 0)]), axes = [1, 0]);", layers)
+    graph_text = graph(
+        W.format("32, 32") + "h = layer(x, w);\ny = transpose(pad(h, padding = [(0, 1), (1, 0)]), axes = [1, 0]);",
+        layers,
+    )
     tokens = re.findall(rb"\w+|\s+|[^\w\s]", graph_text)
-    spare = [*tokens, b"-", b"0", b"4294967296", b"-1", b"1e39", b"(", b")", b"[", b"]", b"{", b"}", b'"', b"#", b"<", b">", b"i", b"layer"]
+    spare = [
+        *tokens,
+        b"-",
+        b"0",
+        b"4294967296",
+        b"-1",
+        b"1e39",
+        b"(",
+        b")",
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b'"',
+        b"#",
+        b"<",
+        b">",
+        b"i",
+        b"layer",
+    ]
     for number in range(count):
         changed = list(tokens)
         for at in random.integers(0, len(changed), random.integers(1, 4)):

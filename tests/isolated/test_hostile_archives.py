@@ -37,8 +37,7 @@ def refused(content):
     try:
         TractModel.load_bytes(content)
     except T2NError as error:
-        assert 20 < len(str(error)) < 5000
-        return True
+        return 20 < len(str(error)) < 5000
     return False
 
 
@@ -56,12 +55,15 @@ def test_the_tables_are_large_and_nothing_is_twice_in_them():
 def test_what_they_were_made_from_loads():
     for kind in ("f32", "q40"):
         content = malformed.with_weight(malformed.DATS[kind])
-        np.testing.assert_array_equal(TractModel.load_bytes(content).run(np.zeros((4, 32), np.float32))["y"], np.zeros((4, 4)))
+        np.testing.assert_array_equal(
+            TractModel.load_bytes(content).run(np.zeros((4, 32), np.float32))["y"], np.zeros((4, 4))
+        )
 
 
 @pytest.mark.parametrize("use", [
     "matmul(x, w, transposeB = true)", 'tract_core_einsum([x, w], expr = "ab,cb->ac", acc = "f32")', "linear(x, w, 0.0)",
-    'tract_core_einsum([w, x], expr = "cb,ab->ac", acc = "f32")', 'tract_core_gather(w, tract_core_cast(x, to = "i64"), axis = 0, datum_type = "f32")',
+    'tract_core_einsum([w, x], expr = "cb,ab->ac", acc = "f32")',
+    'tract_core_gather(w, tract_core_cast(x, to = "i64"), axis = 0, datum_type = "f32")',
     "squeeze(matmul(unsqueeze(x, axes = [0]), unsqueeze(w, axes = [0]), transposeB = true), axes = [0])",
     "conv(unsqueeze(x, axes = [2]), unsqueeze(w, axes = [2]), 0.0, padding = [(0, 0)], stride = [1], dilation = [1], groups = 1)",
 ])  # fmt: skip
@@ -99,9 +101,11 @@ def test_a_bomb_is_refused_before_it_is_inflated():
     """A weight of 2 GiB, of which only the first MiB is there: it is not looked for."""
     info = tarfile.TarInfo("w.dat")
     info.size = 128 + (2 << 30)
-    sound = malformed.tar([("graph.nnef", malformed.graph("y = x;"))])[:1536]
+    sound = malformed.tar([("graph.nnef", malformed.graph("y = x;"))])[:1024]
     header = malformed.dat((1 << 14, 1 << 15), 0, 32, 0, b"")
-    content = gzip.compress(sound + info.tobuf() + header[:4] + struct.pack("<I", 2 << 30) + header[8:] + bytes(1 << 20))
+    content = gzip.compress(
+        sound + info.tobuf() + header[:4] + struct.pack("<I", 2 << 30) + header[8:] + bytes(1 << 20)
+    )
     with pytest.raises(T2NErrorTract, match="200 times"):
         TractModel.load_bytes(content)
 

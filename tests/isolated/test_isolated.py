@@ -28,10 +28,12 @@ from torch_to_nnef.isolated import process
 from torch_to_nnef.isolated.process import ask, working_folder
 
 X = np.ones((4, 32), np.float32)
+SOUND = malformed.with_weight(malformed.DATS["f32"], "y = matmul(x, w, transposeB = true) + 1.0;")
 # Runs for minutes, in one call of tract: 4 x 2^22 x 32 x 128.
 LONG = malformed.with_weight(
     malformed.dat((32, 32), 0, 32, 0, bytes(4096)),
-    "a = tile(x, repeats = [4194304, 1]);\n" + "".join(f"{b} = matmul({a}, w) + 1.0;\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    "a = tile(x, repeats = [4194304, 1]);\n"
+    + "".join(f"{b} = matmul({a}, w) + 1.0;\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
     + "y = matmul(i, w);",
     "32, 32",
 )  # fmt: skip
@@ -41,7 +43,7 @@ LONG = malformed.with_weight(
 def archive(tmp_path):
     """Writes an archive; without an argument, a sound one: y = x @ w.T + 1 with w = 0."""
 
-    def write(content=malformed.with_weight(malformed.DATS["f32"], "y = matmul(x, w, transposeB = true) + 1.0;")):
+    def write(content=SOUND):
         path = tmp_path / "m.nnef.tar"
         path.write_bytes(content)
         return path
@@ -84,7 +86,14 @@ def test_expected_outputs_are_compared(archive, tmp_path):
     isolated.save_arrays(tmp_path / "in.npz", {"x": X})
     nan, inf = np.full((4, 4), np.nan, np.float32), np.full((4, 4), np.inf, np.float32)
     right = np.ones((4, 4), np.float32)
-    for expected, ok in ((right, True), (right + 0.001, False), (right[:2], False), (nan, False), (inf, False), (right.astype(int), False)):
+    for expected, ok in (
+        (right, True),
+        (right + 0.001, False),
+        (right[:2], False),
+        (nan, False),
+        (inf, False),
+        (right.astype(int), False),
+    ):
         isolated.save_arrays(tmp_path / "out.npz", {"y": expected})
         found = isolated.verify(archive(), [tmp_path / "in.npz", tmp_path / "out.npz"])
         assert found["ok"] is ok is found["outputs"][0]["expected"]["ok"]
@@ -104,7 +113,9 @@ def test_the_child_has_no_torch_and_nothing_from_the_current_folder(archive, tmp
     monkeypatch.chdir(tmp_path)
     assert isolated.verify(archive())["ok"]
     script = "import sys, torch_to_nnef.isolated.child; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd="/", env=os.environ | {"PYTHONPATH": process._PACKAGE_FOLDER})
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd="/", env=os.environ | {"PYTHONPATH": process._PACKAGE_FOLDER}
+    )
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGKILL", "SIGILL", "SIGBUS"])
@@ -161,7 +172,9 @@ def test_errors_in_the_child_keep_their_type(archive, tmp_path):
         ask("no such job", folder, archive(), isolated.Limits())
 
 
-@pytest.mark.parametrize("answer", ["", "[]", "{", "[" * 100_000, '{"error": "SystemExit"}', '{"error": "os", "message": 1}', "\0", "1"])
+@pytest.mark.parametrize(
+    "answer", ["", "[]", "{", "[" * 100_000, '{"error": "SystemExit"}', '{"error": "os", "message": 1}', "\0", "1"]
+)
 def test_an_answer_that_is_none_is_a_crash(archive, tmp_path, answer):
     (tmp_path / "answer.json").write_text(answer)
     (tmp_path / "stderr").write_text("")
@@ -211,7 +224,10 @@ def test_inspect_reads_headers_and_text(archive):
         "fragment tract_core_properties() -> (properties: (string, tensor<scalar>)[])\n"
         '{ properties = [("who", "a \\"quote\\""), ("n", 3)]; }\n'
     )
-    text = malformed.graph(malformed.W.format("64, 32") + 'z = tract_core_external(shape = [B, S+P], datum_type = "i64");\ny = x;', properties)
+    text = malformed.graph(
+        malformed.W.format("64, 32") + 'z = tract_core_external(shape = [B, S+P], datum_type = "i64");\ny = x;',
+        properties,
+    )
     text = text.replace(b"net(x) -> (y)", b'net(x, z, i"c.d") -> (y, i"a.b")')
     content = malformed.tar([
         ("graph.nnef", text), ("w.dat", malformed.packed(64, 32)), ("a/b.dat", malformed.DATS["i8"]),
@@ -241,7 +257,8 @@ def test_commands_exit_with_the_codes_of_the_contract(archive, command, tmp_path
     broken.write_bytes(b"noise" * 1000)
     for args, code in [
         (["verify", sound], 0), (["verify", sound, "--npz", "x.npz"], 0), (["verify", sound, "--npz", "wrong.npz"], 1),
-        (["verify", broken], 1), (["verify", "nothing"], 2), (["verify", sound, "--npz", "nothing"], 2), (["verify", sound, "--size", "B"], 2),
+        (["verify", broken], 1), (["verify", "nothing"], 2), (["verify", sound, "--npz", "nothing"], 2),
+        (["verify", sound, "--size", "B"], 2),
         (["verify", sound, "--seconds", 0], 2), (["verify", sound, "--memory", 50], 1), (["verify", sound, "--no-such"], 2),
         (["inspect", sound], 0), (["inspect", broken], 2), (["inspect", "nothing"], 2),
         (["run", sound, "x.npz", "y.npz"], 0), (["run", sound, "x.npz", "y.npz"], 2), (["run", sound, "x.npz", "y.npz", "--force"], 0),
@@ -258,7 +275,13 @@ def test_commands_exit_with_the_codes_of_the_contract(archive, command, tmp_path
         done = command(*args)
         assert (done.exit_code, told in done.stdout) == (code, True), done.output
     np.testing.assert_array_equal(isolated.load_arrays(tmp_path / "y.npz")["y"], np.ones((4, 4)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.tar", "m.nnef.tar", "wrong.npz", "x.npz", "y.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "broken.tar",
+        "m.nnef.tar",
+        "wrong.npz",
+        "x.npz",
+        "y.npz",
+    ]
 
 
 def test_an_interrupt_is_130_and_ends_the_child(archive, command, monkeypatch):
@@ -277,7 +300,8 @@ def test_names_do_not_speak_to_the_terminal(archive, command):
 
 def test_help_is_quick():
     environment = os.environ | {"PYTHONPATH": process._PACKAGE_FOLDER}
-    script = "import sys; from torch_to_nnef.cli import t2n; sys.argv[1:] = ['verify', '--help']\ntry: t2n()\nfinally: assert 'torch' not in sys.modules"
+    script = "import sys; from torch_to_nnef.cli import t2n; sys.argv[1:] = ['verify', '--help']\ntry: t2n()\n"
+    script += "finally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "in a child process with limits" in re.sub(r"\s+", " ", done.stdout)

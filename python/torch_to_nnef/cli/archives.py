@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from torch_to_nnef.cli.arguments import archive_in
+from torch_to_nnef.cli.arguments import sizes as symbols
 from torch_to_nnef.cli.outcome import Outcome, outcome
 from torch_to_nnef.exceptions import (
     T2NError,
@@ -25,8 +27,6 @@ from torch_to_nnef.inference_target import TractCheckTolerance
 
 if TYPE_CHECKING:
     from torch_to_nnef.isolated import Limits
-
-_IN_LLM_FOLDERS = ("model/model.nnef.tgz", "model.nnef.tgz")
 
 _Archive = Annotated[
     Path, Argument(metavar="FILE", help="A folder, tar or tgz, or a folder of t2n_export_llm_to_tract.")
@@ -67,9 +67,9 @@ def verify(
         try:
             with _errors_as_json(as_json):
                 found = isolated.verify(
-                    _inside(archive),
+                    archive_in(archive),
                     npz or (),
-                    sizes=_sizes(size or []),
+                    sizes=symbols(size or []),
                     tolerance=tolerance,
                     limits=_limits(memory, seconds),
                 )
@@ -97,7 +97,7 @@ def run(
 
         if outputs.exists() and not force:
             raise T2NErrorInvalidArgument(f"{str(outputs)!r} exists (--force replaces it)")
-        arrays = isolated.run(_inside(archive), inputs, limits=_limits(memory, seconds))
+        arrays = isolated.run(archive_in(archive), inputs, limits=_limits(memory, seconds))
         with _replaced(outputs) as sibling:
             isolated.save_arrays(sibling, arrays)
         facts = [{"name": n, "dtype": a.dtype.name, "shape": list(a.shape)} for n, a in arrays.items()]
@@ -118,7 +118,7 @@ def inspect(
     with outcome(verbose), _errors_as_json(as_json):
         from torch_to_nnef import isolated
 
-        found = isolated.inspect(_inside(archive), limits=_limits(memory, seconds))
+        found = isolated.inspect(archive_in(archive), limits=_limits(memory, seconds))
         print(json.dumps({"ok": True, **found}) if as_json else _inspected(found))
 
 
@@ -150,21 +150,10 @@ def _replaced(path: Path) -> Iterator[Path]:
         sibling.unlink(missing_ok=True)
 
 
-def _inside(path: Path) -> Path:
-    return next((path / name for name in _IN_LLM_FOLDERS if (path / name).is_file()), path)
-
-
 def _limits(memory: int | None, seconds: float) -> Limits:
     from torch_to_nnef.isolated import Limits
 
     return Limits(memory, seconds)
-
-
-def _sizes(texts: list[str]) -> dict[str, int]:
-    pairs = [text.partition("=")[::2] for text in texts]
-    if wrong := [text for text, (name, count) in zip(texts, pairs, strict=True) if not name or not count.isdecimal()]:
-        raise T2NErrorInvalidArgument(f"--size {wrong[0]}: expected SYMBOL=N")
-    return {name: int(count) for name, count in pairs}
 
 
 def _verified(found: dict[str, Any]) -> str:

@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from torch_to_nnef.cli.arguments import archive_in, inside, sizes
 from torch_to_nnef.cli.outcome import Outcome, outcome
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.exceptions import T2NErrorNotFoundFile
 from torch_to_nnef.inference_target import TractCheckTolerance
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.table import Table
 
     from torch_to_nnef.verify.side_by_side import SideBySide
 
 _WIDTH = 160
-_IN_LLM_FOLDERS = ("model/model.nnef.tgz", "model.nnef.tgz")
 _LLM_INPUTS = ("tests/prompt_with_past_inputs.npz", "prompt_with_past_inputs.npz")
 
 
@@ -51,10 +49,10 @@ def compare(
         from torch_to_nnef.tract_model import TractModel
         from torch_to_nnef.verify.side_by_side import random_inputs, side_by_side
 
-        a, b = (TractModel.load(_archive(path)) for path in (first, second))
+        a, b = (TractModel.load(archive_in(path)) for path in (first, second))
         if npz is None and not size:
-            npz = _inside(first, _LLM_INPUTS)  # a random past is no past that a model makes
-        inputs = random_inputs(a.inputs, _sizes(size or [])) if npz is None else _arrays(npz)
+            npz = inside(first, _LLM_INPUTS)  # a random past is no past that a model makes
+        inputs = random_inputs(a.inputs, sizes(size or [])) if npz is None else _arrays(npz)
         found = side_by_side(a, b, inputs, tolerance)
         if as_json:
             from torch_to_nnef.report.data import plain
@@ -66,21 +64,6 @@ def compare(
             Console(width=None if sys.stdout.isatty() else _WIDTH).print(_table(found, first.name, second.name))
     if not found.ok:
         raise SystemExit(Outcome.NEGATIVE)
-
-
-def _archive(path: Path) -> Path:
-    return _inside(path, _IN_LLM_FOLDERS) or path
-
-
-def _inside(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _sizes(texts: list[str]) -> dict[str, int]:
-    pairs = [text.partition("=")[::2] for text in texts]
-    if wrong := [text for text, (name, count) in zip(texts, pairs, strict=True) if not name or not count.isdecimal()]:
-        raise T2NErrorInvalidArgument(f"--size {wrong[0]}: expected SYMBOL=N")
-    return {name: int(count) for name, count in pairs}
 
 
 def _arrays(path: Path) -> dict[str, Any]:

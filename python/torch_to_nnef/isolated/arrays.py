@@ -26,12 +26,15 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise T2NErrorNotFoundFile(f"no arrays at {str(path)!r}")
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return dict(file)
+            arrays = dict(file)
     except (
         ValueError, OSError, EOFError, AttributeError, TypeError, KeyError, SyntaxError, NotImplementedError, RuntimeError,
         OverflowError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         raise T2NErrorInvalidArgument(f"{str(path)!r} is not an .npz file of plain arrays: {error}") from error
+    if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise T2NErrorInvalidArgument(f"{str(path)!r} holds more than arrays: {', '.join(others)}")
+    return arrays
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

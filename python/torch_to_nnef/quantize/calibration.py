@@ -130,6 +130,8 @@ class Calibration:
             raise T2NErrorNotFoundFile(f"no calibration data at {str(path)!r}")
         with opened_npz(path) as file:
             arrays = {name: file[name] for name in file}
+            if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise T2NErrorInvalidArgument(f"{str(path)!r} holds more than arrays: {', '.join(others)}")
         counts = {array.shape[0] if array.ndim else None for array in arrays.values()}
         if len(counts) != 1 or not (count := counts.pop()):
             shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "none"

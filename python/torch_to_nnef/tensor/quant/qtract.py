@@ -163,7 +163,11 @@ class QTensorTractScaleOnly(QTensorTract):
                 f"Q40 is QScalePerGroupF16 with groups of {GROUP} and 4 bits: got {self.qscheme}"
             )
         numel = prod(self.stored_shape)
-        n_packed = numel // 2 if self.u8_compressors == _PACKING else self.u8_blob.numel()
+        bytes_of: dict[tuple[U8Compressor, ...], int] = {
+            _PACKING: numel // 2,
+            (): numel,
+        }  # what other codecs leave is known once it is decompressed
+        n_packed = bytes_of.get(self.u8_compressors, self.u8_blob.numel())
         if (
             q40_shape_reason(self.stored_shape)
             or self.qscheme.scale.numel() * GROUP != numel

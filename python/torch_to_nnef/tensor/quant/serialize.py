@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,6 +172,8 @@ def _describe(name: str, tensor: QTensor) -> dict[str, Any]:
 
 
 def _restore(get: Callable[[str], torch.Tensor], name: str, about: dict[str, Any]) -> QTensor:
+    if not isinstance(about["nnef_name"], (str, NoneType)):
+        raise TypeError(f"`{name}`: its nnef_name is {about['nnef_name']!r}")
     scheme_class = _SCHEMES[about["scheme"]]
     tensors = {n: get(f"{name}::{n}") for n in scheme_class.tensor_names}
     scheme = scheme_class.from_plain({**about["scheme_state"], **tensors})

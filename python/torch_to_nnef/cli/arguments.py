@@ -1,0 +1,31 @@
+"""What several commands make of their arguments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_IN_LLM_FOLDERS = ("model/model.nnef.tgz", "model.nnef.tgz")
+
+
+def archive_in(path: Path) -> Path:
+    """The archive of a folder of t2n_export_llm_to_tract; any other path is one itself."""
+    return inside(path, _IN_LLM_FOLDERS) or path
+
+
+def inside(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of `names` that is a file in `folder`."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def sizes(texts: Sequence[str]) -> dict[str, int]:
+    """Of symbols, from `SYMBOL=N`. Raises `T2NErrorInvalidArgument`."""
+    pairs = [text.partition("=")[::2] for text in texts]
+    if wrong := [text for text, (name, count) in zip(texts, pairs, strict=True) if not name or not count.isdecimal()]:
+        raise T2NErrorInvalidArgument(f"--size {wrong[0]}: expected SYMBOL=N")
+    return {name: int(count) for name, count in pairs}
