@@ -74,7 +74,8 @@ def llama(folder):
     from torch_to_nnef.llm_tract.export import export_llm
     from torch_to_nnef.llm_tract.options import LlmOptions
 
-    source = tiny_llama(folder / "source", dyadic(tiny_model()))
+    turns = {"rope_type": "default", "rope_theta": 1.0}  # all 1: other powers are rounded by each CPU in its own way
+    source = tiny_llama(folder / "source", dyadic(tiny_model(rope_parameters=turns)))
     options = {"local_dir": source, "export_dirpath": folder / "llm", "compression_method": "min_max_q4_0_all"}
     export_llm(LlmOptions(**options, no_verify=True))
     (folder / "llm" / "model" / "model.nnef.tgz").rename(folder / "net.nnef.tgz")

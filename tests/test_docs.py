@@ -27,6 +27,7 @@ PAGES = [
         "docs/llm_families.md",
         "docs/calibration.md",
         "docs/quality.md",
+        "docs/reliability.md",
         "docs/tutorials/int8.md",
         "docs/tutorials/q40_for_networks.md",
         "docs/tutorials/your_own_method.md",

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -166,3 +168,16 @@ def test_ctrl_c_is_answered_and_other_threads_run(made, name):
         if max(found[-1]) < LIMIT:
             return
     pytest.fail(f"(Ctrl-C, silence) in seconds: {found}")
+
+
+def test_a_load_left_behind_does_not_hold_up_the_end(tmp_path):
+    writer = _native.ArchiveWriter(tmp_path / "m.tar", "tar")
+    writer.add_text("graph.nnef", graph([4], "{} + 1.0", 20_000))
+    writer.finish()
+    script = (
+        "import os, signal, sys, threading; from torch_to_nnef import _native\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start(); _native.Model.load(sys.argv[1])"
+    )
+    run = subprocess.run([sys.executable, "-c", script, tmp_path / "m.tar"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == -signal.SIGINT, run.stderr
+    assert run.stderr.endswith("KeyboardInterrupt\n")
