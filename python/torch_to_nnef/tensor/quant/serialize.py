@@ -25,10 +25,11 @@ from torch_to_nnef.exceptions import (
 from torch_to_nnef.tensor.chunks import flat_chunks
 from torch_to_nnef.tensor.extents import DTYPE_NAMES, raw_memory, safetensors_metadata
 from torch_to_nnef.tensor.offload import OffloadedTensor, offloaded_safetensors
+from torch_to_nnef.tensor.quant.affine import Affine8
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
 from torch_to_nnef.tensor.quant.half import F16, QTensorHalf
-from torch_to_nnef.tensor.quant.int8 import Affine8, QTensorInt8
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8
 from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed
 
