@@ -276,6 +276,7 @@ def test_choices_of_weights(tmp_path):
     assert kinds["mlp.down_proj.weight"] == "QTensorTractPadded"
     assert kinds["self_attn.k_proj.weight"] == "QTensorTractScaleOnly"
     again = options(checkpoint, tmp_path / "out", ignore_already_exist_dir=True)
-    assert quantize_shards(again, files=2).complete
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    done = quantize_shards(again, files=2)
+    assert done.complete
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == done.files > 1
     assert tiny_tokenizer().get_vocab() == hf.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
