@@ -264,6 +264,7 @@ with outcome(verbose=False), files.staged(Path({str(tmp_path / "a/b/out")!r})) a
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
 def test_the_command_for_language_models_leaves_nothing_when_it_is_ended(tmp_path, name):
     paths = os.pathsep.join([*sys.path, str(HERE.parent / "llm")])
@@ -273,7 +274,7 @@ def test_the_command_for_language_models_leaves_nothing_when_it_is_ended(tmp_pat
     subprocess.run([sys.executable, "-c", make, tmp_path / "tiny"], env=environment, check=True)
     command = [sys.executable, "-c", command, "-d", tmp_path / "tiny", "-e", tmp_path / "new/out", "-c", "min_max_q4_0"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not list(tmp_path.glob("new/.t2n-*/out/model/*")):  # the archive has begun
         assert process.poll() is None
         assert time.monotonic() < until
