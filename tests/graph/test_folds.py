@@ -278,6 +278,12 @@ def test_a_state_that_is_carried_may_be_scaled():
     assert sides(fold) == "v.w v.b -> v.w o.w"
 
 
+def test_sizes_that_lose_more_than_a_stand_in_has():
+    """The graph is followed with small numbers for dynamic sizes, of which a strided convolution may leave none."""
+    net = nn.Sequential(nn.Conv1d(2, 8, 9, stride=8), nn.GELU(), nn.Conv1d(8, 8, 3))
+    assert folds_of(net, torch.randn(1, 2, 200), axes={"x": {2: "T"}}) == ()
+
+
 def test_dynamic_sizes():
     call, modules, expected = LEGAL["grouped values"]
     folds = folds_of(Net(call, **modules), torch.rand(2, 5, WIDTH), axes={"x": {0: "B", 1: "S"}})

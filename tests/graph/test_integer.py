@@ -260,10 +260,21 @@ def test_cat_of_codes(second, tmp_path):
     assert ("t2n_look_up(" in text) is (second is not IN)
 
 
+@pytest.mark.parametrize("axes", [None, BATCH], ids=["2 images", "any number"])
+def test_channels_are_repeated_for_each_image(axes, tmp_path):
+    """Scale and bias of a channel, since tract is slow where these repeat along the first axis and along the last."""
+    model = Chain(lambda s, x: s.conv(x), IN, OUT, conv=packed(nn.Conv2d(3, 8, 3)))
+    text, pairs = run(model, torch.randn(2, 3, 9, 8), tmp_path, axes=axes)
+    assert text.count("= tract_core_gather(") == 2
+    assert codes_differ(pairs, OUT.scale)[0] <= 1
+    alone, _ = run(model, torch.randn(1, 3, 9, 8), tmp_path / "alone")
+    assert "tract_core_gather" not in alone
+
+
 def test_rounding_again_to_the_same_codes_is_nothing(tmp_path):
     model = Chain(lambda s, x: F.max_pool2d(fake(F.relu(x), IN), 2), IN, IN)
     text, _ = run(model, torch.randn(2, 4, 6, 6), tmp_path)
-    assert text.count("= t2n_quantize(") == 1
+    assert text.count("= t2n_quantize") == text.count("= t2n_quantize_within(") == 1
     assert text.count("= t2n_dequantize(") == 1
 
 

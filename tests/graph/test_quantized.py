@@ -6,7 +6,7 @@ import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.dynamic as nnqd
 import torch.nn.functional as F
-from tests.graph.converted import MARKS, Wrapped, assert_reference, eager, noise, steps_off
+from converted import MARKS, Wrapped, assert_reference, eager, noise, steps_off
 from torch import nn
 from torch.ao import quantization as tq
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.ao.nn.intrinsic.quantized as nniq
 import torch.nn.functional as F
-from tests.graph.converted import MARKS, assert_reference, noise
+from converted import MARKS, assert_reference, noise
 from torch import nn
 from torch.ao import quantization as tq
 from torch.ao.quantization.backend_config import get_onednn_backend_config

@@ -175,7 +175,9 @@ class Factors:
     def _number(self, size: sympy.Expr) -> int:
         if size not in self.numbers:
             symbols = {symbol: self.sizes.get(str(symbol), _PRIMES[-1]) for symbol in size.free_symbols}
-            self.numbers[size] = int(size.subs(symbols))
+            number = int(size.subs(symbols))
+            # Too few for what the model takes away: any other will do, since where sizes do not fit nothing is followed.
+            self.numbers[size] = number if number > 1 else _PRIMES[-1]
         return self.numbers[size]
 
     # Rules.

@@ -148,9 +148,13 @@ class _Lifting:
         if (scale, zero_point) != (grid.scale, grid.zero_point):
             table = grid.codes(ops.dequantize(_all_codes(), scale, zero_point))
             return self.rewriting.add(ops.look_up, (codes, self._stored(table, node)), like, shape, torch.int8, name)
-        low, high = _limits(self.rewriting.maker(codes))
+        maker = self.rewriting.maker(codes)
+        low, high = _limits(maker)
         if grid.low <= low and high <= grid.high:
             return codes
+        if maker is not None and maker.target is ops.quantize and low <= grid.high and grid.low <= high:
+            both = replace(grid, low=max(low, grid.low), high=min(high, grid.high))
+            return self._rounded(maker.args[0], both, maker, name)
         return self.rewriting.add(ops.clamp_codes, (codes, grid.low, grid.high), like, shape, torch.int8, name)
 
     def _table(self, node: Node, grid: _Grid) -> Value | None:

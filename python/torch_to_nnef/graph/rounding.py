@@ -42,9 +42,9 @@ def steps(graph: Graph) -> tuple[float, ...]:
 
 
 def slack(captured: Captured, graph: Graph, tensors: Sequence[torch.Tensor]) -> tuple[float, ...]:
-    """For each output of `graph` how far it may be from torch's at these inputs if a hundredth of all codes is one off.
+    """For each output of `graph` how far it may be from torch's at these inputs if a hundredth of the codes of each tensor is one off.
 
-    That is no more than a third of the noise that rounding to 8 bits makes anyway (0.1 of a code against 0.29, RMS).
+    One at least. That is no more than a third of the noise that rounding to 8 bits makes anyway (0.1 of a code against 0.29, RMS).
     """
     found = list(steps(graph))
     exact = _outputs(captured, tensors, None)
@@ -90,5 +90,7 @@ class _Flipping(torch.fx.Interpreter):
         if self._random is None:
             return codes
         chosen = torch.rand(codes.shape, generator=self._random)
+        if chosen.numel():  # one at least, however few there are
+            chosen.view(-1)[chosen.argmin()] *= _SHARE
         moved = (chosen < _SHARE).to(torch.int32) - 2 * (chosen < _SHARE / 2).to(torch.int32)
         return (codes.to(torch.int32) + moved).clamp(low, high).to(codes.dtype)

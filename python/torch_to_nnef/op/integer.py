@@ -193,9 +193,9 @@ def _repeated(e: Emitter, parameter: Ref, sums: Ref) -> Ref:
     tract 0.23.9 computes with one that repeats only along the last axes 20 times as fast as with one that repeats along the first too.
     A broadcast, or a tile, it would move behind the product; it does not look through a gather.
     """
-    if sums.rank < 3 or parameter.shape[1] == 1 or sums.shape[0] == 1 or not isinstance(sums.shape[-1], int):
+    batch, last = sums.shape[0], sums.shape[-1]
+    if sums.rank < 3 or parameter.shape[1] == 1 or batch == 1 or not isinstance(last, int):
         return parameter
-    batch = sums.shape[0]
     positions = e.arange(0, 1, batch, torch.int64)
     first = e.op("min", positions, e.constant(torch.zeros(1, dtype=torch.int64), "first"), out=(batch,), hint="first")
     return e.op("tract_core_gather", parameter, first, out=(batch, *parameter.shape[1:]), axis=0, hint="repeated")

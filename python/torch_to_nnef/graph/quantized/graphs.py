@@ -18,7 +18,8 @@ from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized.dynamic import RUN_TIME
 from torch_to_nnef.graph.quantized.values import quantize_per_tensor
 from torch_to_nnef.graph.quantized.weights import Weight, as_int8, product_of
-from torch_to_nnef.tensor.quant.int8 import RANGES, QTensorInt8
+from torch_to_nnef.tensor.quant.affine import RANGES
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8
 from torch_to_nnef.torch_internals import operator_name, quantized_decomposed, script_class
 
 _quantized = torch.ops.quantized

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from torch_to_nnef.exceptions import T2NErrorNotImplemented
 from torch_to_nnef.graph.quantized.dynamic import run_time
-from torch_to_nnef.tensor.quant.int8 import RANGES, QParams
+from torch_to_nnef.tensor.quant.affine import RANGES, QParams
 from torch_to_nnef.torch_internals import operator_name, pytree, quantized_decomposed
 
 CODES = {torch.quint8: torch.uint8, torch.qint8: torch.int8}

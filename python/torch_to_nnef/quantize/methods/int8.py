@@ -21,7 +21,8 @@ from torch_to_nnef.quantize.norms import folded
 from torch_to_nnef.quantize.observers import OBSERVERS, Observer
 from torch_to_nnef.quantize.smoothing import ChannelRanges, smooth
 from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection, Target, find_targets, int8_reason
-from torch_to_nnef.tensor.quant.int8 import QParams, QTensorInt8, quantize_int8
+from torch_to_nnef.tensor.quant.affine import QParams
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8, quantize_int8
 
 if TYPE_CHECKING:
     from torch_to_nnef.quantize.apply import Progress

@@ -2,10 +2,11 @@
 
 import torch as _torch
 
+from torch_to_nnef.tensor.quant.affine import Affine8, QParams
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor, _build, stored_nbytes
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking, U8Compressor
 from torch_to_nnef.tensor.quant.half import F16, QTensorHalf, as_half
-from torch_to_nnef.tensor.quant.int8 import Affine8, QParams, QTensorInt8, quantize_int8
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8, quantize_int8
 from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import (
     QTensorTract,

@@ -22,10 +22,11 @@ from torch_to_nnef.exceptions import (
 )
 from torch_to_nnef.files import require_space, staged
 from torch_to_nnef.tensor.offload import OffloadedTensor, loaded
+from torch_to_nnef.tensor.quant.affine import Affine8
 from torch_to_nnef.tensor.quant.base import QScalePerGroupF16, QScheme, QTensor
 from torch_to_nnef.tensor.quant.compressors import BitPacking, Huffman, Lzma, NibblePacking
 from torch_to_nnef.tensor.quant.half import F16, QTensorHalf
-from torch_to_nnef.tensor.quant.int8 import Affine8, QTensorInt8
+from torch_to_nnef.tensor.quant.int8 import QTensorInt8
 from torch_to_nnef.tensor.quant.padded import QTensorTractPadded
 from torch_to_nnef.tensor.quant.qtract import QTensorTractScaleOnly, QTensorTractTransposed
 
