@@ -162,10 +162,10 @@ fn owned<T>(mut make: impl FnMut() -> io::Result<Option<T>>) -> io::Result<T> {
     let mut failed = io::Error::from(ErrorKind::ResourceBusy);
     for _ in 0..16 {
         match make() {
-            Ok(Some(made)) => return Ok(made),
+            Ok(Some(new)) => return Ok(new),
             Ok(None) => {}
             Err(e) if e.kind() == ErrorKind::NotFound => failed = e,
-            outcome => return outcome.and(Err(failed)),
+            Err(e) => return Err(e),
         }
     }
     Err(failed)
