@@ -22,6 +22,7 @@ PAGES = [
         "SECURITY.md",
         "CHANGELOG.md",
         "docs/architecture.md",
+        "docs/archives.md",
         "docs/custom_operators.md",
         "docs/llm.md",
         "docs/llm_families.md",

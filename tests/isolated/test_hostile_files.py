@@ -19,9 +19,9 @@ EDGES = (0, 1, 2, 7, 8, 9, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1,
 
 
 def test_dats_alone(tmp_path):
-    """The headers of malformed.py, as files by themselves."""
-    contents = [content for _, content in malformed.dats()]
-    assert len(contents) > 1000
+    """A fifth of the headers of malformed.py, as files by themselves."""
+    contents = [content for _, content in malformed.dats()][::5]
+    assert len(contents) > 200
     for content in contents:
         (tmp_path / "w.dat").write_bytes(content)
         with pytest.raises(T2NErrorInconsistentTensor):

@@ -256,13 +256,13 @@ def test_commands_exit_with_the_codes_of_the_contract(archive, command, tmp_path
     sound, broken = archive(), tmp_path / "broken.tar"
     broken.write_bytes(b"noise" * 1000)
     for args, code in [
-        (["verify", sound], 0), (["verify", sound, "--npz", "x.npz"], 0), (["verify", sound, "--npz", "wrong.npz"], 1),
+        (["verify", sound], 0), (["verify", sound, "--npz", "wrong.npz"], 1),
         (["verify", broken], 1), (["verify", "nothing"], 2), (["verify", sound, "--npz", "nothing"], 2),
         (["verify", sound, "--size", "B"], 2),
         (["verify", sound, "--seconds", 0], 2), (["verify", sound, "--memory", 50], 1), (["verify", sound, "--no-such"], 2),
-        (["inspect", sound], 0), (["inspect", broken], 2), (["inspect", "nothing"], 2),
+        (["inspect", sound], 0), (["inspect", broken], 2),
         (["run", sound, "x.npz", "y.npz"], 0), (["run", sound, "x.npz", "y.npz"], 2), (["run", sound, "x.npz", "y.npz", "--force"], 0),
-        (["run", sound, "wrong.npz", "z.npz"], 2), (["run", broken, "x.npz", "z.npz"], 2), (["run", sound, "x.npz", "no/z.npz"], 2),
+        (["run", sound, "wrong.npz", "z.npz"], 2), (["run", sound, "x.npz", "no/z.npz"], 2),
     ]:  # fmt: skip
         done = command(*args, "--json")
         assert done.exit_code == code, (args, done.output)
