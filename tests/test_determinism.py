@@ -23,6 +23,7 @@ def elsewhere(folder, threads, seed, umask, repeats):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.mark.timeout(900)  # the child waits its turn on a busy machine
 def test_another_process_makes_the_same_bytes(tmp_path):
     (found,) = elsewhere(tmp_path, 3, 12345, 0o077, 1)
     assert found.items() >= digests(("mlp in a tar", "q40", "int8")).items()

@@ -153,6 +153,7 @@ def test_nothing_global_is_changed(tmp_path, name):
     assert {key: after[key] for key in before if after[key] != before[key]} == {}
 
 
+@pytest.mark.timeout(900)
 def test_the_package_works_after_a_fork_and_in_pools(tmp_path):
     script = Path(__file__).with_name("use_after_fork.py")
-    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=280)
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=800)
