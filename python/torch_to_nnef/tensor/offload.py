@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -272,8 +273,8 @@ def offloaded_safetensors(path: str | Path) -> dict[str, OffloadedTensor]:
 
 
 _folder: ContextVar[Path | None] = ContextVar("torch_to_nnef_scratch_folder", default=None)
-# One file a folder, as long as a tensor lies in it.
-_scratches: WeakValueDictionary[Path, Scratch] = WeakValueDictionary()
+# One file a process and folder, as long as a tensor lies in it.
+_scratches: WeakValueDictionary[tuple[int, Path], Scratch] = WeakValueDictionary()
 
 
 @contextmanager
@@ -296,7 +297,8 @@ def offload(tensor: torch.Tensor) -> OffloadedTensor:
     if isinstance(tensor, OffloadedTensor):
         return tensor
     folder = _folder.get() or Path(tempfile.gettempdir()).resolve()
-    scratch = _scratches.get(folder) or Scratch(folder)
-    _scratches[folder] = scratch
+    key = os.getpid(), folder
+    scratch = _scratches.get(key) or Scratch(folder)
+    _scratches[key] = scratch
     extent = scratch.append(raw_memory(tensor.detach().contiguous()))
     return OffloadedTensor((extent,), tensor.shape, (tensor.dtype,))
