@@ -131,7 +131,7 @@ def killed(checkpoint, packed, folder, step):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_killed_anywhere_it_goes_on(checkpoint, packed, tmp_path):
-    assert killed(checkpoint, packed, tmp_path, step=41) >= 7
+    assert killed(checkpoint, packed, tmp_path, step=29) >= 7
 
 
 @pytest.mark.slow
