@@ -142,7 +142,7 @@ pub struct ArchiveWriter(Mutex<archive::ArchiveWriter>);
 #[pymethods]
 impl ArchiveWriter {
     #[new]
-    #[pyo3(signature = (path, form, compression_level = Whole(0)))]
+    #[pyo3(signature = (path, form, compression_level = Whole(0)), text_signature = "(path, form, compression_level=0)")]
     fn new(py: Python<'_>, path: PathBuf, form: &str, compression_level: Whole<u32>) -> PyResult<Self> {
         let writer = native_short(py, || {
             let form = match form {
