@@ -236,7 +236,7 @@ fn fields_at_the_edges_are_refused_before_a_payload_is_looked_for() {
                 bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
                 bytes.extend_from_slice(&payload);
                 fs::write(&path, &bytes).unwrap();
-                match dat::read(&path) {
+                match dat::read(&path, &GO) {
                     Err(Error::InconsistentTensor(_)) => {}
                     // What stands behind the rank is not read.
                     Ok((header, _)) => assert!((unchanged || at >= 20) && header == good, "{dtype:?} {at} {value}"),
