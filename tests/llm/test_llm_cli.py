@@ -100,13 +100,6 @@ def test_every_field_of_the_options_is_a_flag():
     assert {field.name for field in dataclasses.fields(LlmOptions)} == set(API)
 
 
-def test_without_typer_it_is_said_how_to_install_it():
-    code = "import sys; sys.modules['typer'] = None; from torch_to_nnef.cli import t2n_export_llm_to_tract as go; go()"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert answer.returncode == 2
-    assert answer.stderr == "error: commands need typer: pip install 'torch-to-nnef-native[llm]'\n"
-
-
 def test_defaults_are_those_of_the_options(run):
     assert run("-e", "out", "-s", "owner/name").exit_code == 0
     assert run.options == LlmOptions(export_dirpath=Path("out"), model_slug="owner/name")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 
 
@@ -17,11 +16,4 @@ def t2n_export_llm_to_tract() -> None:
 
 
 def _start(module: str) -> None:
-    try:
-        app = import_module(f"{__name__}.{module}").app
-    except ModuleNotFoundError as error:
-        if error.name != "typer":
-            raise
-        print("error: commands need typer: pip install 'torch-to-nnef-native[llm]'", file=sys.stderr)
-        sys.exit(2)
-    app()
+    import_module(f"{__name__}.{module}").app()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_to_nnef import exceptions
+from torch_to_nnef._native import Staging
 from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorTractCrash, T2NErrorTractLimit
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class Limits:
 
 @contextmanager
 def working_folder() -> Iterator[Path]:
-    """A folder for what the child is given and what it gives."""
-    with tempfile.TemporaryDirectory(prefix="t2n-") as folder:
+    """A folder for what the child is given and what it gives; those of processes that were killed go."""
+    with Staging(Path(tempfile.gettempdir())) as folder:
         yield Path(folder)
 
 
