@@ -40,12 +40,14 @@ impl AtomicFile {
         Ok(Self { temp: temp.map_err(Error::io(target))?, target: target.to_path_buf() })
     }
 
-    /// Puts the file in place, durably.
-    pub fn commit(self) -> Result<()> {
+    /// Puts the file in place, durably; returns its bytes.
+    pub fn commit(self) -> Result<u64> {
         let Self { temp, target } = self;
         temp.as_file().sync_all().map_err(Error::io(&target))?;
+        let len = temp.as_file().metadata().map_err(Error::io(&target))?.len();
         temp.persist(&target).map_err(|e| Error::io(&target)(e.error))?;
-        sync_folder(parent_of(&target)?)
+        sync_folder(parent_of(&target)?)?;
+        Ok(len)
     }
 }
 
@@ -189,8 +191,10 @@ pub fn sweep(folder: &Path) {
         let Ok(kind) = entry.file_type() else { continue };
         if starts(TEMP_PREFIX) && kind.is_file() {
             // Some network file systems lock only what is open for writing.
-            let dead = File::options().write(true).open(&path).is_ok_and(|file| file.try_lock().is_ok());
-            let _left = dead.then(|| fs::remove_file(&path));
+            let Ok(lock) = File::options().write(true).open(&path) else { continue };
+            if lock.try_lock().is_ok() {
+                let _left = fs::remove_file(&path); // still locked: who made it meanwhile makes another
+            }
         } else if kind.is_dir() && (starts(TEMP_PREFIX) || starts(ASIDE_PREFIX)) {
             let Ok(lock) = File::open(&path) else { continue };
             if lock.try_lock().is_ok() {
@@ -239,7 +243,7 @@ pub fn put_in_place(new: &Path, target: &Path, stop: &AtomicBool) -> Result<()> 
 /// Afterwards what was at `target`, if anything, is at `new`.
 fn put_folder(new: &Path, target: &Path) -> Result<()> {
     let parent = parent_of(target)?;
-    swap_in(new, target, parent).map_err(Error::io(target))?;
+    swap_in(new, target, parent, exchange).map_err(Error::io(target))?;
     sync_folder(parent)
 }
 
@@ -291,32 +295,49 @@ fn or_here(folder: &Path) -> &Path {
     if folder.as_os_str().is_empty() { Path::new(".") } else { folder }
 }
 
-/// Renames `new` to `target` in `parent`; a folder already there ends up at `new`, or is removed by [`move_aside`].
-fn swap_in(new: &Path, target: &Path, parent: &Path) -> io::Result<()> {
-    match fs::rename(new, target) {
-        Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
-        outcome => return outcome,
-    }
-    #[cfg(any(target_os = "linux", target_vendor = "apple"))]
-    {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        use rustix::io::Errno;
-        match renameat_with(CWD, new, CWD, target, RenameFlags::EXCHANGE) {
-            // The kernel or the file system has no exchange.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
-            outcome => return outcome.map_err(Into::into),
+/// Renames `new` to `target` in `parent`; a folder already there is then at `new`, or gone. Of several that do so at once
+/// the last one wins.
+fn swap_in(new: &Path, target: &Path, parent: &Path, exchange: Exchange) -> io::Result<()> {
+    let is_occupied = |e: &io::Error| matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists);
+    loop {
+        match fs::rename(new, target) {
+            Err(e) if is_occupied(&e) => {}
+            outcome => return outcome,
+        }
+        let outcome = match exchange(new, target) {
+            Err(e) if matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => {
+                move_aside(new, target, parent)
+            }
+            outcome => outcome,
+        };
+        match outcome {
+            Err(e) if is_occupied(&e) || (e.kind() == ErrorKind::NotFound && new.exists()) => {} // another was faster
+            outcome => return outcome,
         }
     }
-    move_aside(new, target, parent)
 }
 
-/// [`swap_in`] by two renames; if the process is killed between them, `target` is absent until the next [`sweep`].
+/// Gives each of two folders the other's name in one step; an error if the kernel or the file system cannot.
+type Exchange = fn(&Path, &Path) -> io::Result<()>;
+
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
+fn exchange(new: &Path, target: &Path) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, new, CWD, target, RenameFlags::EXCHANGE)?)
+}
+
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+fn exchange(_: &Path, _: &Path) -> io::Result<()> {
+    Err(ErrorKind::Unsupported.into())
+}
+
+/// Two renames; if the process is killed between them, `target` is absent until the next [`sweep`].
 fn move_aside(new: &Path, target: &Path, parent: &Path) -> io::Result<()> {
     let aside = OwnedFolder::create(parent, ASIDE_PREFIX)?;
     let old = aside.path().join(target.file_name().unwrap_or_default());
     fs::rename(target, &old)?;
     let outcome = fs::rename(new, target);
-    if outcome.is_err() && fs::rename(&old, target).is_err() {
+    if outcome.is_err() && fs::rename(&old, target).is_err() && !target.exists() {
         let _for_the_sweep = aside.temp.keep(); // rather than the old content lost
     }
     outcome
@@ -356,6 +377,29 @@ mod tests {
     }
 
     #[test]
+    fn sweeps_take_nothing_from_those_who_write_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        sweep(dir.path());
+                    }
+                });
+            }
+            let lost = (0..300).filter(|_| {
+                let file = AtomicFile::create(&dir.path().join("x")).unwrap();
+                std::thread::yield_now();
+                !file.temp.path().exists()
+            });
+            let lost = lost.count();
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(lost, 0);
+        });
+    }
+
+    #[test]
     fn what_was_moved_aside_comes_back_if_nothing_took_its_place() {
         let dir = tempfile::tempdir().unwrap();
         for replaced in [false, true] {
@@ -388,6 +432,25 @@ mod tests {
         let (old, new) = (folder_with(dir.path(), "target", "old"), folder_with(dir.path(), "new", "new"));
         move_aside(&new, &old, dir.path()).unwrap();
         assert!(old.join("new").exists() && !old.join("old").exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn without_exchange_of_many_at_once_all_end_well() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("target");
+        std::thread::scope(|scope| {
+            for writer in 0..4 {
+                let (target, parent) = (&target, dir.path());
+                scope.spawn(move || {
+                    for _ in 0..100 {
+                        let new = folder_with(parent, &format!("new{writer}"), "file");
+                        swap_in(&new, target, parent, |_, _| Err(ErrorKind::Unsupported.into())).unwrap();
+                    }
+                });
+            }
+        });
+        assert!(target.join("file").exists());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 

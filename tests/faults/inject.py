@@ -1,6 +1,6 @@
 """Run as a program, with shim.c preloaded: make calls fail while outputs are written, and print what was not whole as JSON.
 
-`SHIM FOLDER MOST`: at most MOST places a kind of output and of fault; 0: all; -1: no faults, only the calls.
+`SHIM FOLDER MOST`: at most MOST places a kind of output and of fault; 0: all.
 """
 
 import ctypes
@@ -212,7 +212,7 @@ def main(shim: Shim, base: Path, most: int) -> dict[str, object]:
         for over in (False, True) if kind.rewritten else (False,):
             case = Case(shim, name, kind, over, base / f"{name}{over}")
             traces[case.name] = case.notes
-            for fault in FAULTS if most >= 0 else ():
+            for fault in FAULTS:
                 for nth in case.places(fault.op, most):
                     counts[case.name] += 1
                     if problem := case.inject(fault, nth):

@@ -9,6 +9,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -113,6 +114,18 @@ ssize_t write(int file, const void *bytes, size_t count) {
 ssize_t writev(int file, const struct iovec *parts, int count) {
     if (fate_of_file("write", file) == FAIL) return -1;
     return REAL(writev)(file, parts, count);
+}
+
+ssize_t sendfile64(int to, int from, off64_t *at, size_t count) {
+    int how = fate_of_file("write", to);
+    if (how == FAIL) return -1;
+    return REAL(sendfile64)(to, from, at, how == SHORT && count > 1 ? count / 2 : count);
+}
+
+ssize_t copy_file_range(int from, off64_t *at, int to, off64_t *to_at, size_t count, unsigned flags) {
+    int how = fate_of_file("write", to);
+    if (how == FAIL) return -1;
+    return REAL(copy_file_range)(from, at, to, to_at, how == SHORT && count > 1 ? count / 2 : count, flags);
 }
 
 int fsync(int file) { return fate_of_file("fsync", file) == FAIL ? -1 : REAL(fsync)(file); }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +18,9 @@ from torch_to_nnef.exceptions import (
     T2NError,
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
-    T2NErrorRuntime,
     T2NErrorTract,
 )
+from torch_to_nnef.files import staged, writing
 from torch_to_nnef.inference_target import TractCheckTolerance
 
 if TYPE_CHECKING:
@@ -97,9 +95,11 @@ def run(
 
         if outputs.exists() and not force:
             raise T2NErrorInvalidArgument(f"{str(outputs)!r} exists (--force replaces it)")
+        if not outputs.parent.is_dir():
+            raise T2NErrorInvalidArgument(f"cannot write {str(outputs)!r}: there is no such folder")
         arrays = isolated.run(archive_in(archive), inputs, limits=_limits(memory, seconds))
-        with _replaced(outputs) as sibling:
-            isolated.save_arrays(sibling, arrays)
+        with staged(outputs) as beside, writing(outputs):
+            isolated.save_arrays(beside, arrays)
         facts = [{"name": n, "dtype": a.dtype.name, "shape": list(a.shape)} for n, a in arrays.items()]
         if as_json:
             print(json.dumps({"ok": True, "path": str(outputs), "outputs": facts}))
@@ -131,23 +131,6 @@ def _errors_as_json(wanted: bool) -> Iterator[None]:
         if wanted:
             print(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
         raise
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A sibling to write to, that takes the place of `path` once all is well."""
-    from torch_to_nnef import _native
-
-    sibling = path.with_name(f".t2n-{secrets.token_hex(4)}")
-    try:
-        yield sibling
-        with sibling.open("rb") as file:
-            os.fsync(file.fileno())
-        _native.put_in_place(sibling, path)
-    except OSError as error:
-        raise T2NErrorRuntime(f"cannot write {str(path)!r}: {error}") from error
-    finally:
-        sibling.unlink(missing_ok=True)
 
 
 def _limits(memory: int | None, seconds: float) -> Limits:
