@@ -202,7 +202,6 @@ HUGE = {
     "avg_pool(unsqueeze(x, axes = [0]), size = [1, 1, {}])": (1 << 23, 1 << 40),
     "box(unsqueeze(x, axes = [0]), size = [1, 1, {}])": (1 << 23, 1 << 40),
     "box(unsqueeze(x, axes = [0]), size = [1, 1, 1], padding = [(0, 0), (0, 0), ({}, 0)])": (1 << 32, 1 << 62),
-    "copy_n(x, times = {})": (1 << 17, 1 << 40),
 }
 
 
@@ -272,7 +271,9 @@ MISUSES = [
     "select(x > 0.0, w, w)", 'tract_core_gather(w, tract_core_cast(x, to = "i64"), axis = 1, datum_type = "f32")',
     "deconv(unsqueeze(x, axes = [0]), unsqueeze(w, axes = [2]))", "conv(unsqueeze(w, axes = [0]), unsqueeze(w, axes = [2]))",
     "max_reduce(w, axes = [0])", "rsqr(w)", "squeeze(transpose(unsqueeze(w, axes = [0]), axes = [0, 2, 1]), axes = [0])",
-    "tract_core_rms_norm(w, axis = 1)", "max_pool(unsqueeze(w, axes = [0]), size = [1, 1, 2])",
+    *[f"matmul(x, {same})" for same in ("copy(w)", "[w, x][0]", "(x, w)[1]", "transpose(w, axes = [0, 1])", "tile(w, repeats = [1, 1])",
+                                        "slice(w, axes = [0], begin = [0], end = [32])", "concat([w], axis = 0)")],
+    "matmul(x, w, transposeB = copy(true))", "tract_core_rms_norm(w, axis = 1)", "max_pool(unsqueeze(w, axes = [0]), size = [1, 1, 2])",
 ]  # fmt: skip
 
 

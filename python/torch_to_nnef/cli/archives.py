@@ -33,7 +33,7 @@ _Archive = Annotated[
 ]
 _Memory = Annotated[
     int | None,
-    Option(min=1, metavar="MIB", help="Address space of the child; none: 4096, and four times what FILE takes."),
+    Option(min=1, metavar="MIB", help="Address space of the child; none: 4096, and four times the size of FILE."),
 ]
 _Seconds = Annotated[float, Option(min=0.1, help="Wall time of the child.")]
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -95,7 +95,7 @@ def run(
     with outcome(verbose), _errors_as_json(as_json):
         from torch_to_nnef import isolated
 
-        if outputs.exists() and not force:
+        if os.path.exists(outputs) and not force:
             raise T2NErrorInvalidArgument(f"{str(outputs)!r} exists (--force replaces it)")
         arrays = isolated.run(archive_in(archive), inputs, limits=_limits(memory, seconds))
         with _replaced(outputs) as sibling:
