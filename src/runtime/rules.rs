@@ -22,10 +22,11 @@ const MAX_RANK: usize = 64;
 /// What tract allocates while it loads or runs, if numbers in the file ask for it: `(operator, argument, most of the
 /// product of its numbers)`. The elements of a window become offsets, a few hundred bytes each. Other
 /// operators (`avg_pool`, `max_pool`) are fragments that apply these.
-const AMOUNTS: [(&str, &str, i64); 13] = [
+const AMOUNTS: [(&str, &str, i64); 14] = [
     ("tile", "repeats", 1 << 31),
     ("pad", "padding", 1 << 31),
     ("tract_core_broadcast", "shape", 1 << 31),
+    ("tract_core_range", "start", 1 << 31),
     ("tract_core_range", "end", 1 << 31),
     ("tract_core_one_hot", "dim", 1 << 31),
     ("nearest_upsample", "factor", 1 << 16),
@@ -41,7 +42,8 @@ const AMOUNTS: [(&str, &str, i64); 13] = [
 type Check = fn(&mut ModelBuilder, &ResolvedInvocation) -> TractResult<()>;
 type CheckBuilt = fn(&mut ModelBuilder, &ResolvedInvocation, OutletId) -> TractResult<()>;
 
-const BEFORE: [(&str, Check); 2] = [("transpose", transpose), ("unsqueeze", unsqueeze)];
+const BEFORE: [(&str, Check); 4] =
+    [("transpose", transpose), ("unsqueeze", unsqueeze), ("box", window), ("max_pool_with_index", window)];
 const AFTER: [(&str, CheckBuilt); 2] = [("matmul", matmul), ("tract_moe_ffn", experts)];
 
 /// tract's own operators that [`guard`] stands before.
@@ -86,6 +88,15 @@ fn transpose(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> Tra
 fn unsqueeze(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
     let many = numbers(builder, invocation, "axes")?.unwrap_or_default().len();
     ensure!(many <= MAX_RANK, "unsqueeze with {many} axes");
+    Ok(())
+}
+
+/// tract looks for batch and channel in sizes and paddings without a look at how many there are.
+fn window(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
+    let [size, padding] = ["size", "padding"].map(|argument| numbers(builder, invocation, argument));
+    let [axes, pads] = [size?, padding?].map(|written| written.map(|numbers| numbers.len()));
+    let fits = axes.zip(pads).is_some_and(|(axes, pads)| axes > 1 && (pads == 0 || pads == 2 * axes));
+    ensure!(fits, "a window whose size and padding are not written for all axes, batch and channel included");
     Ok(())
 }
 
@@ -164,5 +175,22 @@ fn flat(builder: &mut ModelBuilder, value: &Value) -> Option<Vec<i64>> {
             let whole = tensor.cast_to::<i64>().ok()?;
             Some(whole.try_as_plain_ram().ok()?.as_slice::<i64>().ok()?.to_vec())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tract_transformers::WithTractTransformers;
+
+    use super::*;
+
+    #[test]
+    fn the_tables_name_operators_of_tract() {
+        guard(tract_nnef::nnef().with_tract_transformers());
+        let own = GUARDED.get().unwrap_or_else(|| unreachable!("set by guard"));
+        let named = BEFORE.iter().map(|(name, _)| *name).chain(AFTER.iter().map(|(name, _)| *name));
+        let missing: Vec<_> =
+            named.chain(AMOUNTS.iter().map(|(name, ..)| *name)).filter(|name| !own.contains_key(*name)).collect();
+        assert!(missing.is_empty(), "{missing:?}");
     }
 }

@@ -196,6 +196,7 @@ HUGE = {
     "pad(x, [({}, {}), (0, 0)])": (1 << 17, 1 << 25),
     "tract_core_broadcast(x, shape = [{}, 4, 32])": (1 << 32, 1 << 62),
     "tract_core_range(0, {}, 1)": (1 << 32, 1 << 62),
+    "tract_core_range(-{}, 0, 1)": (1 << 32, 1 << 62),
     "nearest_upsample(unsqueeze(x, axes = [0]), factor = [{}])": (1 << 17, 1 << 40),
     "multilinear_upsample(unsqueeze(x, axes = [0]), factor = [{}])": (1 << 17, 1 << 40),
     "max_pool(unsqueeze(x, axes = [0]), size = [1, 1, {}])": (1 << 23, 1 << 40),
@@ -253,6 +254,25 @@ def graphs(most: int) -> Iterator[Case]:
         yield f"{depth} ( in an assertion", text("y = x;", head=HEAD + assertion)
         product = f"extension tract_symbol S;\nextension tract_assert {'*'.join(['(S+1)'] * depth)} >= 0;\n"
         yield f"{depth} factors in an assertion", text("y = x;", head=HEAD + product)
+    for pool in ("max_pool", "avg_pool", "box", "rms_pool", "max_pool_with_index", "local_mean_normalization"):
+        for operand, size in (
+            ("1.0", []),
+            ("sum_reduce(x)[0]", []),
+            ("squeeze(slice(x, axes = [0], begin = [0], end = [1]), axes = [0])", [1]),
+        ):
+            yield f"{pool} of too few axes in {operand}", text(f"[y] = {pool}({operand}, size = {size});")
+    for padding in (
+        "[(0, 0)]",
+        "[(0, 0), (0, 0)]",
+        "[(0, 0)] * 3",
+        "0",
+        "[(0, 0), (0, 0), (0, 0), (0, 0)]",
+        "[0, 0, 0]",
+    ):
+        yield (
+            f"a window of 3 axes with padding {padding}",
+            text(f"y = max_pool(unsqueeze(x, axes = [0]), size = [1, 1, 2], padding = {padding});"),
+        )
     for axes in (65, 1_000, 5_000):
         yield f"unsqueeze {axes} times", text(f"y = unsqueeze(x, axes = {[0] * axes});")
 

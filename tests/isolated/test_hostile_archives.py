@@ -103,7 +103,7 @@ def test_a_refusal_begins_with_its_reason():
         malformed.with_weight(malformed.DATS["q40"], "y = matmul(x, w);"),
         malformed.with_weight(malformed.DATS["q40"], body, fragments=nested),
     ):
-        with pytest.raises(T2NErrorTract, match="^archive in memory: matmul of a packed side needs transposeB = true"):
+        with pytest.raises(T2NErrorTract, match=r"^archive in memory: matmul of a packed side needs transposeB = true"):
             TractModel.load_bytes(content)
 
 

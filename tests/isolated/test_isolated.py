@@ -186,7 +186,7 @@ def test_a_system_without_room_for_a_child_is_an_error(archive, monkeypatch):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(process.subprocess, "Popen", no_process)
-    with pytest.raises(T2NErrorRuntime, match="no process for tract: .*temporarily"):
+    with pytest.raises(T2NErrorRuntime, match=r"no process for tract: .*temporarily"):
         isolated.verify(archive())
 
 

@@ -95,7 +95,7 @@ def run(
     with outcome(verbose), _errors_as_json(as_json):
         from torch_to_nnef import isolated
 
-        if os.path.exists(outputs) and not force:
+        if os.path.lexists(outputs) and not force:
             raise T2NErrorInvalidArgument(f"{str(outputs)!r} exists (--force replaces it)")
         arrays = isolated.run(archive_in(archive), inputs, limits=_limits(memory, seconds))
         with _replaced(outputs) as sibling:
