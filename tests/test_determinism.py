@@ -29,6 +29,11 @@ def elsewhere(folder, threads, seed, umask, repeats, **environment):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+def test_the_promise_tells_how_many_archives_there_are():
+    assert GOLDEN["sha256"].keys() == MODELS.keys()
+    assert f"{len(MODELS)} archives" in (HERE.parent / "SECURITY.md").read_text()
+
+
 @pytest.mark.timeout(900)  # the child waits its turn on a busy machine
 def test_another_process_makes_the_same_bytes_as_on_another_cpu(tmp_path):
     (found,) = elsewhere(tmp_path, 3, 12345, 0o077, 1, **OLD_CPU)
