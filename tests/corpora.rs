@@ -52,3 +52,17 @@ fn preflights() {
 fn q40_round_trips() {
     assert!(run("q40", targets::q40) > 20_000);
 }
+
+/// The fuzzer compiles the files of the core with dependencies of its own.
+#[test]
+fn the_fuzz_crate_has_the_dependencies_of_the_files_it_compiles() {
+    let read = |path| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap();
+    let (core, fuzz) = (read("Cargo.toml"), read("fuzz/Cargo.toml"));
+    let (_, dependencies) = core.split_once("[dependencies]\n").unwrap();
+    let (dependencies, _) = dependencies.split_once("[dev-dependencies]").unwrap();
+    let needed = dependencies.lines().filter(|line| {
+        line.contains(" = ") && !["#", "numpy", "pyo3", "tract"].iter().any(|other| line.starts_with(other))
+    });
+    let missing: Vec<_> = needed.clone().filter(|&line| !fuzz.lines().any(|other| other == line)).collect();
+    assert!(needed.count() > 5 && missing.is_empty(), "{missing:#?}");
+}

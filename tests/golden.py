@@ -47,6 +47,11 @@ def mlp():
     return dyadic(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.LayerNorm(32), nn.Linear(32, 8)))
 
 
+def linear():
+    """Nothing before the weight: what a calibration sees of it, squares included, is exact too."""
+    return dyadic(nn.Sequential(nn.Linear(64, 32)))
+
+
 def convolutional():
     return dyadic(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
 
@@ -88,8 +93,8 @@ MODELS = {
     "lstm": exported(lambda: dyadic(Tagger()), ramp(1, 5, 8), ".tar"),
     "q40": quantized(mlp, ramp(2, 64), "q40"),
     "q40 of an lstm": quantized(lambda: dyadic(Tagger()), ramp(1, 5, 8), "q40"),
-    "q40 weighted by inputs": quantized(mlp, ramp(2, 64), "q40_imatrix", calibration=[ramp(2, 64)]),
-    "int8": quantized(convolutional, ramp(1, 4, 9, 9), "int8", calibration=[ramp(1, 4, 9, 9)]),
+    "q40 weighted by inputs": quantized(linear, ramp(2, 64), "q40_imatrix", calibration=[ramp(2, 64)]),
+    "int8": quantized(convolutional, ramp(1, 4, 9, 9), "int8_min_max", calibration=[ramp(1, 4, 9, 9)]),
     "tiny llama": llama,
 }
 

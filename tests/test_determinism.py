@@ -23,19 +23,22 @@ OLD_CPU = {
 
 def elsewhere(folder, threads, seed, umask, repeats, **environment):
     """The digests that a process of its own prints, a dict a repeat."""
-    environment |= {**os.environ, "PYTHONHASHSEED": str(seed), "RAYON_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "RAYON_NUM_THREADS": str(threads), **environment}
     command = [sys.executable, HERE / "golden.py", str(threads), str(repeats)]
     run = subprocess.run(command, cwd=folder, env=environment, umask=umask, check=True, capture_output=True, text=True)
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+def test_the_promise_tells_how_many_archives_there_are():
+    assert GOLDEN["sha256"].keys() == MODELS.keys()
+    assert f"{len(MODELS)} archives" in (HERE.parent / "SECURITY.md").read_text()
+
+
 @pytest.mark.timeout(900)  # the child waits its turn on a busy machine
 def test_another_process_makes_the_same_bytes_as_on_another_cpu(tmp_path):
     (found,) = elsewhere(tmp_path, 3, 12345, 0o077, 1, **OLD_CPU)
-    assert found.items() >= digests(("mlp in a tar", "q40", "int8")).items()
-    if GOLDEN["versions"] != VERSIONS:
-        pytest.skip(f"captures differ between versions; the committed hashes are of {GOLDEN['versions']}")
-    assert found == GOLDEN["sha256"]
+    # captures differ between versions
+    assert found == (GOLDEN["sha256"] if GOLDEN["versions"] == VERSIONS else digests())
 
 
 @pytest.mark.slow
@@ -48,4 +51,3 @@ def test_nothing_but_the_model_decides(tmp_path):
         found += elsewhere(folder, threads, seed, umask, 2)
     assert len(found) == 36
     assert all(hashes == found[0] for hashes in found)
-    assert found[0].keys() == MODELS.keys()

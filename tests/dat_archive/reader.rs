@@ -152,7 +152,10 @@ fn bytes_are_visited_as_files_are() {
 fn a_raised_flag_stops_the_walk() {
     let (dir, [tar, tgz]) = on_disk(&tar_of(&[file("x", b"12345")]));
     for path in [dir.path(), &tar, &tgz] {
-        assert!(matches!(archive::entries(path, &AtomicBool::new(true)), Err(Error::Interrupted)), "{path:?}");
+        let stop = &AtomicBool::new(true);
+        assert!(matches!(archive::entries(path, stop), Err(Error::Interrupted)), "{path:?}");
+        assert!(matches!(archive::headers(path, stop), Err(Error::Interrupted)), "{path:?}");
+        assert!(matches!(archive::read(path, "x", 9, stop), Err(Error::Interrupted)), "{path:?}");
     }
 }
 

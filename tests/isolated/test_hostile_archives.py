@@ -93,6 +93,20 @@ def test_a_product_does_not_read_behind_its_operands(weight):
             model.run(np.ones((4, width), np.float32))
 
 
+def test_a_refusal_begins_with_its_reason():
+    """Not behind the way to it, which may be cut off."""
+    body, nested = "y = f0(x, w);", ""
+    for i in range(30):
+        inner = f"f{i + 1}(x, w)" if i < 29 else "matmul(x, w)"
+        nested += malformed.fragment(f"f{i}", inner, "x: tensor<scalar>, w: tensor<scalar>")
+    for content in (
+        malformed.with_weight(malformed.DATS["q40"], "y = matmul(x, w);"),
+        malformed.with_weight(malformed.DATS["q40"], body, fragments=nested),
+    ):
+        with pytest.raises(T2NErrorTract, match=r"^archive in memory: matmul of a packed side needs transposeB = true"):
+            TractModel.load_bytes(content)
+
+
 def _of_width(content, width):
     return content.replace(b"external<scalar>(shape = [4, 32])", b"external<scalar>(shape = [4, " + width + b"])")
 

@@ -31,7 +31,7 @@ _Archive = Annotated[
 ]
 _Memory = Annotated[
     int | None,
-    Option(min=1, metavar="MIB", help="Address space of the child; none: 4096, and four times what FILE takes."),
+    Option(min=1, metavar="MIB", help="Address space of the child; none: 4096, and four times the size of FILE."),
 ]
 _Seconds = Annotated[float, Option(min=0.1, help="Wall time of the child.")]
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -93,7 +93,7 @@ def run(
     with outcome(verbose), _errors_as_json(as_json):
         from torch_to_nnef import isolated
 
-        if outputs.exists() and not force:
+        if os.path.lexists(outputs) and not force:
             raise T2NErrorInvalidArgument(f"{str(outputs)!r} exists (--force replaces it)")
         if not outputs.parent.is_dir():
             raise T2NErrorInvalidArgument(f"cannot write {str(outputs)!r}: there is no such folder")

@@ -268,11 +268,12 @@ def _base_of(adapter: Path) -> tuple[str, bool]:
     """The base model an adapter names, and whether that is a slug; a folder may be relative to the adapter's."""
     with _told(f"read {hub.ADAPTER_CONFIG}"):
         base = json.loads((adapter / hub.ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
-    if not base:
+        known = isinstance(base, str) and base != ""
+        folder = next((path for path in (Path(base), adapter / base) if path.is_dir()), None) if known else None
+    if not known:
         raise T2NErrorInvalidArgument(
             f"the adapter {adapter.name} does not name its base model: pass the base by -s or -d, and the adapter by -mp"
         )
-    folder = next((path for path in (Path(base), adapter / base) if path.is_dir()), None)
     return (base, True) if folder is None else (str(folder), False)
 
 

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::q40::dequantize;
+use crate::q40::{dequantize, join, split, squared_error};
 use crate::q40::simd::Scalar;
 use crate::q40::simd::samples::{any_float, group};
 
@@ -167,10 +167,19 @@ fn lengths_and_names_are_checked() {
 
 #[test]
 fn a_raised_flag_stops_the_work() {
-    let stop = AtomicBool::new(true);
-    let outcome = quantize(&[0; 128], FloatType::F32, Encoder::AbsMax, "w", &mut [0; 16], &mut [0; 2], &stop);
-    assert!(matches!(outcome, Err(Error::Interrupted)));
-    assert!(matches!(dequantize(&[0; 16], &[0; 2], FloatType::F32, &mut [0; 128], &stop), Err(Error::Interrupted)));
+    let stop = &AtomicBool::new(true);
+    let (data, codes, scales, blocks) = (&mut [0; 128], &mut [0; 16], &mut [0; 2], &mut [0; 18]);
+    let outcomes = [
+        quantize(data, FloatType::F32, Encoder::AbsMax, "w", codes, scales, stop),
+        quantize_with_scales(data, FloatType::F32, "w", scales, codes, stop),
+        dequantize(codes, scales, FloatType::F32, data, stop),
+        squared_error(codes, scales, FloatType::F32, data, FloatType::F32, stop).map(drop),
+        join(codes, scales, blocks, stop),
+        split(blocks, codes, scales, stop),
+    ];
+    for (index, outcome) in outcomes.iter().enumerate() {
+        assert!(matches!(outcome, Err(Error::Interrupted)), "{index}: {outcome:?}");
+    }
 }
 
 #[test]
