@@ -3,6 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tempfile::{Builder, NamedTempFile, TempDir};
@@ -135,22 +136,32 @@ impl Drop for Made {
     }
 }
 
-/// An unfinished folder with its lock; dropped, it is gone.
+/// An unfinished folder with its lock; dropped, it is gone, unless by a fork of the process that made it.
 #[derive(Debug)]
 struct OwnedFolder {
     temp: TempDir,
+    owner: u32,
     _lock: Option<File>, // dropped after the folder is gone
+}
+
+impl Drop for OwnedFolder {
+    fn drop(&mut self) {
+        if self.owner != process::id() {
+            self.temp.disable_cleanup(true);
+        }
+    }
 }
 
 impl OwnedFolder {
     fn create(parent: &Path, prefix: &str) -> io::Result<Self> {
         owned(|| {
             let temp = Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent)?;
+            let owner = process::id();
             if cfg!(not(unix)) {
-                return Ok(Some(Self { temp, _lock: None })); // folders cannot be opened there
+                return Ok(Some(Self { temp, owner, _lock: None })); // folders cannot be opened there
             }
             let lock = File::open(temp.path())?;
-            Ok(own(temp.path(), &lock).then_some(Self { temp, _lock: Some(lock) }))
+            Ok(own(temp.path(), &lock).then(|| Self { temp, owner, _lock: Some(lock) }))
         })
     }
 
@@ -333,12 +344,12 @@ fn exchange(_: &Path, _: &Path) -> io::Result<()> {
 
 /// Two renames; if the process is killed between them, `target` is absent until the next [`sweep`].
 fn move_aside(new: &Path, target: &Path, parent: &Path) -> io::Result<()> {
-    let aside = OwnedFolder::create(parent, ASIDE_PREFIX)?;
+    let mut aside = OwnedFolder::create(parent, ASIDE_PREFIX)?;
     let old = aside.path().join(target.file_name().unwrap_or_default());
     fs::rename(target, &old)?;
     let outcome = fs::rename(new, target);
     if outcome.is_err() && fs::rename(&old, target).is_err() && !target.exists() {
-        let _for_the_sweep = aside.temp.keep(); // rather than the old content lost
+        aside.temp.disable_cleanup(true); // it is for the sweep, rather than the old content lost
     }
     outcome
 }

@@ -233,6 +233,22 @@ with Staging({str(tmp_path)!r}):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_the_end_of_a_fork_takes_nothing_from_its_parent(tmp_path):
+    code = f"""
+import os, sys
+from pathlib import Path
+from torch_to_nnef import files
+with files.staged(Path({str(tmp_path / "out")!r})) as beside:
+    beside.write_text("whole")
+    if os.fork() == 0:
+        sys.exit()
+    assert os.wait()[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+
+
 def test_too_little_space_is_said_before_the_first_byte(tmp_path, monkeypatch):
     import torch
 
