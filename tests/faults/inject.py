@@ -63,6 +63,7 @@ FAULTS = (
     Fault("rename", FAIL, errno.EACCES, ever=True),
     Fault("exchange", FAIL, errno.EIO),
     Fault("exchange", FAIL, errno.ENOSYS, ever=True, harmless=True),
+    Fault("lock", FAIL, errno.ENOLCK, ever=True, harmless=True),
     Fault("link", FAIL, errno.EPERM, ever=True, harmless=True),
     Fault("remove", FAIL, errno.EIO),
     Fault("remove", FAIL, errno.EACCES, ever=True),

@@ -9,6 +9,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -130,6 +131,7 @@ ssize_t copy_file_range(int from, off64_t *at, int to, off64_t *to_at, size_t co
 
 int fsync(int file) { return fate_of_file("fsync", file) == FAIL ? -1 : REAL(fsync)(file); }
 int fdatasync(int file) { return fate_of_file("fsync", file) == FAIL ? -1 : REAL(fdatasync)(file); }
+int flock(int file, int how) { return fate_of_file("lock", file) == FAIL ? -1 : REAL(flock)(file, how); }
 int mkdir(const char *path, mode_t mode) {
     if (!access(path, F_OK)) return REAL(mkdir)(path, mode); /* nothing is made */
     return fate_of_path("mkdir", AT_FDCWD, path) == FAIL ? -1 : REAL(mkdir)(path, mode);
