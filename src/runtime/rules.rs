@@ -80,7 +80,7 @@ fn checked(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> Tract
 fn transpose(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
     let axes = numbers(builder, invocation, "axes")?.context("transpose with axes that are not written as numbers")?;
     match axes.iter().enumerate().find(|&(at, axis)| axes[..at].contains(axis)) {
-        Some((_, axis)) => bail!("transpose with axis {axis} twice"),
+        Some((_, twice)) => bail!("transpose with axis {twice} twice"),
         None => Ok(()),
     }
 }
