@@ -42,8 +42,13 @@ const AMOUNTS: [(&str, &str, i64); 14] = [
 type Check = fn(&mut ModelBuilder, &ResolvedInvocation) -> TractResult<()>;
 type CheckBuilt = fn(&mut ModelBuilder, &ResolvedInvocation, OutletId) -> TractResult<()>;
 
-const BEFORE: [(&str, Check); 4] =
-    [("transpose", transpose), ("unsqueeze", unsqueeze), ("box", window), ("max_pool_with_index", window)];
+const BEFORE: [(&str, Check); 5] = [
+    ("transpose", transpose),
+    ("unsqueeze", unsqueeze),
+    ("box", window),
+    ("max_pool_with_index", window),
+    ("tract_core_one_hot", one_hot),
+];
 const AFTER: [(&str, CheckBuilt); 2] = [("matmul", matmul), ("tract_moe_ffn", experts)];
 
 /// tract's own operators that [`guard`] stands before.
@@ -97,6 +102,20 @@ fn window(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractR
     let [axes, pads] = [size?, padding?].map(|written| written.map(|numbers| numbers.len()));
     let fits = axes.zip(pads).is_some_and(|(axes, pads)| axes > 1 && (pads == 0 || pads == 2 * axes));
     ensure!(fits, "a window whose size and padding are not written for all axes, batch and channel included");
+    Ok(())
+}
+
+/// tract writes one value into a tensor of the other's type.
+fn one_hot(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
+    let mut types = [None; 2];
+    for (found, argument) in types.iter_mut().zip(["value_off", "value_on"]) {
+        let value = written(invocation, argument).map(|value| value.resolve(builder, &[])).transpose()?;
+        *found = value.and_then(|value| value.to::<Arc<Tensor>>(builder).ok()).map(|value| value.datum_type());
+    }
+    ensure!(
+        types[0] == types[1] && types[0].is_some_and(|of| of.is_copy()),
+        "one_hot with values that are not written, or no numbers of one type"
+    );
     Ok(())
 }
 
