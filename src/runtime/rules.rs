@@ -13,7 +13,7 @@ use tract_nnef::ast::RValue;
 use tract_nnef::deser::{ModelBuilder, ResolvedInvocation, Value};
 use tract_nnef::framework::Nnef;
 use tract_nnef::internal::{
-    AxesMapping, OutletId, Tensor, TractErrorContext, TractResult, TypedFact, TypedNode, bail, ensure,
+    AxesMapping, OutletId, Tensor, TractErrorContext, TractResult, TypedFact, TypedNode, ensure,
 };
 use tract_nnef::registry::ToTract;
 
@@ -84,10 +84,9 @@ fn checked(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> Tract
 
 fn transpose(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
     let axes = numbers(builder, invocation, "axes")?.context("transpose with axes that are not written as numbers")?;
-    match axes.iter().enumerate().find(|&(at, axis)| axes[..at].contains(axis)) {
-        Some((_, axis)) => bail!("transpose with axis {axis} twice"),
-        None => Ok(()),
-    }
+    let twice = axes.iter().enumerate().find(|&(at, axis)| axes[..at].contains(axis));
+    ensure!(twice.is_none(), "transpose with an axis twice: {axes:?}");
+    Ok(())
 }
 
 fn unsqueeze(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
