@@ -136,11 +136,11 @@ class Case:
         shutil.rmtree(self.place, ignore_errors=True)
         shutil.copytree(self.start, self.place)
 
-    def places(self, op: str, most: int) -> list[int]:
-        """Calls to hit, counted from 1."""
+    def places(self, op: str, most: int, turn: int) -> list[int]:
+        """Calls to hit, counted from 1; others at each turn."""
         count = sum(op in ("*", note[0]) for note in self.notes)
         step = max(1, -(-count // most)) if most else 1
-        return list(range((step + 1) // 2, count + 1, step))
+        return list(range(1 + turn * 7 % step, count + 1, step))
 
     def inject(self, fault: Fault, nth: int) -> str | None:
         """What is wrong after it."""
@@ -212,8 +212,8 @@ def main(shim: Shim, base: Path, most: int) -> dict[str, object]:
         for over in (False, True) if kind.rewritten else (False,):
             case = Case(shim, name, kind, over, base / f"{name}{over}")
             traces[case.name] = case.notes
-            for fault in FAULTS:
-                for nth in case.places(fault.op, most):
+            for turn, fault in enumerate(FAULTS):
+                for nth in case.places(fault.op, most, turn):
                     counts[case.name] += 1
                     if problem := case.inject(fault, nth):
                         wrong.append(f"{case.name}, {fault}, call {nth}: {problem}")

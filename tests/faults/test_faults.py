@@ -68,7 +68,7 @@ def strace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few(shim, memory, strace):
-    return injected(shim, memory / "few", 2, *strace[0])
+    return injected(shim, memory / "few", 1, *strace[0])
 
 
 @needs_shim
