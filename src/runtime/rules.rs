@@ -13,7 +13,7 @@ use tract_nnef::ast::RValue;
 use tract_nnef::deser::{ModelBuilder, ResolvedInvocation, Value};
 use tract_nnef::framework::Nnef;
 use tract_nnef::internal::{
-    AxesMapping, OutletId, Tensor, TractErrorContext, TractResult, TypedFact, TypedNode, bail, ensure,
+    AxesMapping, OutletId, Tensor, TractErrorContext, TractResult, TypedFact, TypedNode, ensure,
 };
 use tract_nnef::registry::ToTract;
 
@@ -42,8 +42,13 @@ const AMOUNTS: [(&str, &str, i64); 14] = [
 type Check = fn(&mut ModelBuilder, &ResolvedInvocation) -> TractResult<()>;
 type CheckBuilt = fn(&mut ModelBuilder, &ResolvedInvocation, OutletId) -> TractResult<()>;
 
-const BEFORE: [(&str, Check); 4] =
-    [("transpose", transpose), ("unsqueeze", unsqueeze), ("box", window), ("max_pool_with_index", window)];
+const BEFORE: [(&str, Check); 5] = [
+    ("transpose", transpose),
+    ("unsqueeze", unsqueeze),
+    ("box", window),
+    ("max_pool_with_index", window),
+    ("tract_core_one_hot", one_hot),
+];
 const AFTER: [(&str, CheckBuilt); 2] = [("matmul", matmul), ("tract_moe_ffn", experts)];
 
 /// tract's own operators that [`guard`] stands before.
@@ -79,10 +84,9 @@ fn checked(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> Tract
 
 fn transpose(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
     let axes = numbers(builder, invocation, "axes")?.context("transpose with axes that are not written as numbers")?;
-    match axes.iter().enumerate().find(|&(at, axis)| axes[..at].contains(axis)) {
-        Some((_, twice)) => bail!("transpose with axis {twice} twice"),
-        None => Ok(()),
-    }
+    let twice = axes.iter().enumerate().find(|&(at, axis)| axes[..at].contains(axis));
+    ensure!(twice.is_none(), "transpose with an axis twice: {axes:?}");
+    Ok(())
 }
 
 fn unsqueeze(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
@@ -97,6 +101,20 @@ fn window(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractR
     let [axes, pads] = [size?, padding?].map(|written| written.map(|numbers| numbers.len()));
     let fits = axes.zip(pads).is_some_and(|(axes, pads)| axes > 1 && (pads == 0 || pads == 2 * axes));
     ensure!(fits, "a window whose size and padding are not written for all axes, batch and channel included");
+    Ok(())
+}
+
+/// tract writes one value into a tensor of the other's type.
+fn one_hot(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
+    let mut types = [None; 2];
+    for (found, argument) in types.iter_mut().zip(["value_off", "value_on"]) {
+        let value = written(invocation, argument).map(|value| value.resolve(builder, &[])).transpose()?;
+        *found = value.and_then(|value| value.to::<Arc<Tensor>>(builder).ok()).map(|value| value.datum_type());
+    }
+    ensure!(
+        types[0] == types[1] && types[0].is_some_and(|of| of.is_copy()),
+        "one_hot with values that are not written, or no numbers of one type"
+    );
     Ok(())
 }
 

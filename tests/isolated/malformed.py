@@ -254,6 +254,10 @@ def graphs(most: int) -> Iterator[Case]:
         yield f"{depth} ( in an assertion", text("y = x;", head=HEAD + assertion)
         product = f"extension tract_symbol S;\nextension tract_assert {'*'.join(['(S+1)'] * depth)} >= 0;\n"
         yield f"{depth} factors in an assertion", text("y = x;", head=HEAD + product)
+
+
+def operands() -> Iterator[Case]:
+    """What tract takes for granted of arguments: axes of batch and channel, values of one type, a rank within reason."""
     for pool in ("max_pool", "avg_pool", "box", "rms_pool", "max_pool_with_index", "local_mean_normalization"):
         for operand, size in (
             ("1.0", []),
@@ -272,6 +276,11 @@ def graphs(most: int) -> Iterator[Case]:
         yield (
             f"a window of 3 axes with padding {padding}",
             text(f"y = max_pool(unsqueeze(x, axes = [0]), size = [1, 1, 2], padding = {padding});"),
+        )
+    for off, on in (("0.0", "true"), ("0", "1.0"), ("'a'", "false"), ("'a'", "'b'"), ("x", "1.0")):
+        yield (
+            f"one_hot of {off} and {on}",
+            text(f"y = tract_core_one_hot(x, 0, dim = 4, value_off = {off}, value_on = {on});"),
         )
     for axes in (65, 1_000, 5_000):
         yield f"unsqueeze {axes} times", text(f"y = unsqueeze(x, axes = {[0] * axes});")

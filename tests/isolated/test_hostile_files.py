@@ -156,7 +156,8 @@ def test_a_config_of_a_language_model(tmp_path):
     for content in ("", "{", "[]", "null", "3", '"a"', '{"model_type": 3}', '{"model_type": null}', '{"model_type": "../../etc"}',
                     "{" * 10_000, "[" * 100_000,
                     '{"model_type": "no_such"}', '{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}',
-                    '{"model_type": "llama", "hidden_size": "x"}'):  # fmt: skip
+                    '{"model_type": "llama", "hidden_size": "x"}', '{"model_type": "llama", "num_hidden_layers": 1000000000}',
+                    '{"model_type": "llama", "num_labels": 1e18}', '{"model_type": "gpt2", "n_layer": 9223372036854775807}'):  # fmt: skip
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(T2NError):
             Checkpoint.find(LlmOptions(export_dirpath=tmp_path / "out", local_dir=tmp_path))

@@ -22,6 +22,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorInvalidArgument,
     T2NErrorNotFoundFile,
     T2NErrorRuntime,
+    T2NErrorTract,
     T2NErrorTractCrash,
     T2NErrorTractLimit,
 )
@@ -181,6 +182,15 @@ def test_errors_in_the_child_keep_their_type(archive, tmp_path):
         ask("no such job", folder, archive(), isolated.Limits())
 
 
+def test_what_fails_on_zeros_may_be_given_others(archive, tmp_path):
+    """A division of whole numbers, which tract cannot do by zero."""
+    body = 'i = tract_core_cast(x, to = "i64");\ny = 6 / i;'
+    with pytest.raises(T2NErrorTract, match=r"Division by zero .*; x were zeros \(--npz gives others\)"):
+        isolated.verify(archive(malformed.text(body)))
+    isolated.save_arrays(tmp_path / "x.npz", {"x": X})
+    assert isolated.verify(archive(malformed.text(body)), [tmp_path / "x.npz"])["ok"]
+
+
 def test_a_system_without_room_for_a_child_is_an_error(archive, monkeypatch):
     def no_process(*_, **__):
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -319,11 +329,19 @@ def test_an_interrupt_is_130_and_ends_the_child(archive, command, monkeypatch):
     assert ended[0].poll() is not None
 
 
-def test_names_do_not_speak_to_the_terminal(archive, command):
+def test_names_do_not_speak_to_the_terminal(archive, command, tmp_path):
     text = malformed.graph("y = x;").replace(b"graph net(x)", b'graph i"\x1b[2Jnet"(x)')
-    done = command("inspect", archive(malformed.tar([("graph.nnef", text)])))
-    assert done.exit_code == 0
-    assert "\x1b" not in done.stdout
+    named = malformed.graph('i"\x1b[2Jy" = x + 1.0;').replace(b"(y)", b'(i"\x1b[2Jy")')
+    unknown = malformed.graph("y = i'\x1b[2Jz'(x);")
+    isolated.save_arrays(tmp_path / "x.npz", {"x": X})
+    for args, content, code in [
+        (["inspect"], text, 0), (["verify"], named, 0), (["run", "x.npz", "y.npz"], named, 0),
+        (["verify"], unknown, 1), (["run", "x.npz", "z.npz"], unknown, 2), (["verify", "--json"], unknown, 1),
+    ]:  # fmt: skip
+        done = command(args[0], archive(malformed.tar([("graph.nnef", content)])), *args[1:])
+        assert done.exit_code == code, done.output
+        assert "\x1b" not in done.output
+        assert "2J" in done.output
 
 
 def test_help_is_quick():

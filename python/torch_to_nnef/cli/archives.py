@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from torch_to_nnef.cli.arguments import archive_in
 from torch_to_nnef.cli.arguments import sizes as symbols
-from torch_to_nnef.cli.outcome import Outcome, outcome
+from torch_to_nnef.cli.outcome import Outcome, outcome, printable
 from torch_to_nnef.exceptions import (
     T2NError,
     T2NErrorInconsistentTensor,
@@ -73,7 +73,7 @@ def verify(
                     limits=_limits(memory, seconds),
                 )
         except (T2NErrorTract, T2NErrorInconsistentTensor) as error:
-            print(f"verification failed: {error}", file=sys.stderr)
+            print(printable(f"verification failed: {error}"), file=sys.stderr)
             raise SystemExit(Outcome.NEGATIVE) from None
         print(json.dumps(found, allow_nan=False) if as_json else _verified(found))
     if not found["ok"]:
@@ -105,7 +105,7 @@ def run(
         if as_json:
             print(json.dumps({"ok": True, "path": str(outputs), "outputs": facts}))
         else:
-            print("\n".join(_fact(fact) for fact in facts))
+            print(printable("\n".join(_fact(fact) for fact in facts)))
 
 
 def inspect(
@@ -147,7 +147,7 @@ def _verified(found: dict[str, Any]) -> str:
     zeros = {fact["name"] for fact in found["inputs"]} - set(found["given"])
     lines += [f"  input  {_fact(fact)}{', zeros' if fact['name'] in zeros else ''}" for fact in found["inputs"]]
     lines += [f"  output {_fact(fact)}{_expected(fact, found['tolerance'])}" for fact in found["outputs"]]
-    return _printable("\n".join(lines))
+    return printable("\n".join(lines))
 
 
 def _expected(fact: dict[str, Any], tolerance: str) -> str:
@@ -169,14 +169,9 @@ def _inspected(found: dict[str, Any]) -> str:
     if bits is not None:
         lines.append(f"  {weights['elements']} weights, {bits:.2f} bits each")
     lines += [f"  {_fact(entry)}, {entry['bytes']} bytes" for entry in found["entries"]]
-    return _printable("\n".join(lines))
+    return printable("\n".join(lines))
 
 
 def _fact(fact: dict[str, Any]) -> str:
     shape = "" if fact["shape"] is None else f"[{', '.join(map(str, fact['shape']))}]"
     return f"{fact['name']}: {fact['dtype']}{shape}" if fact["dtype"] else fact["name"]
-
-
-def _printable(text: str) -> str:
-    """Names come from the archive, and must not speak to the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
