@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,33 @@ def test_a_damaged_work_list_is_refused(checkpoint, begun, damage):
     path.write_text(DAMAGES[damage](path.read_text()))
     with pytest.raises(T2NErrorInconsistentTensor, match="begin anew with --force"):
         quantize_shards(options(checkpoint, begun), files=FILES)
+
+
+def test_force_begins_anew_after_a_damaged_work_list(checkpoint, packed, begun):
+    (begun / MANIFEST).write_text("{")
+    stale = next(packed.glob("model-*.safetensors")).name
+    (begun / stale).write_bytes(b"of an earlier run")
+    assert quantize_shards(options(checkpoint, begun, ignore_already_exist_dir=True), files=FILES).complete
+    assert content(begun) == content(packed)
+
+
+def test_force_spares_other_checkpoints(checkpoint, tmp_path):
+    """Neither the source itself, nor one that happens to lie in the folder, whose files would pass for work that is done."""
+    source, other = tmp_path / "source", tmp_path / "other"
+    for folder in (source, other):
+        shutil.copytree(checkpoint, folder)
+        before = content(folder)
+        with pytest.raises(T2NErrorInvalidArgument, match="another folder"):
+            quantize_shards(options(source, folder, ignore_already_exist_dir=True), files=FILES)
+        assert content(folder) == before
+
+
+def test_force_loses_nothing_to_a_call_that_is_refused(checkpoint, packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "model")
+    for wrong in ({"local_dir": tmp_path / "none"}, {"compression_method": "unknown"}):
+        with pytest.raises((T2NErrorInvalidArgument, T2NErrorNotFoundFile)):
+            quantize_shards(replace(options(checkpoint, folder, ignore_already_exist_dir=True), **wrong), files=FILES)
+        assert content(folder) == content(packed)
 
 
 def test_sources_that_end_early_are_noticed(checkpoint, begun):

@@ -28,6 +28,7 @@ from torch_to_nnef.tensor.extents import DTYPE_NAMES, ByteFile, Extent
 from torch_to_nnef.tensor.offload import OffloadedTensor
 
 MANIFEST, WORK = "quantize-shards.json", ".t2n-work"
+OUTPUTS = "model-*-of-*.safetensors"
 # What no checkpoint can call a file: tensors that transformers computed, in the work folder.
 COMPUTED = "/computed.safetensors"
 _VERSION = 1

@@ -24,6 +24,7 @@ from torch_to_nnef.llm_tract.options import LlmOptions
 from torch_to_nnef.llm_tract.shard_list import (
     COMPUTED,
     MANIFEST,
+    OUTPUTS,
     WORK,
     Entry,
     Sources,
@@ -127,9 +128,7 @@ def _work_list(options: LlmOptions, files: int) -> WorkList:
     """The list in the folder, if it was made of the same; else a new one."""
     checkpoint, out = options.local_dir or Path(), options.export_dirpath
     said = _decisive(options, files)
-    if options.ignore_already_exist_dir:
-        _clear(out)
-    if (work := WorkList.load(out)) is None:
+    if options.ignore_already_exist_dir or (work := WorkList.load(out)) is None:
         return _planned(options, said, files)
     if work.options != said:
         other = sorted(key for key in said if work.options.get(key) != said[key])
@@ -155,11 +154,29 @@ def _decisive(options: LlmOptions, files: int) -> dict[str, Any]:
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier run left, and nothing else."""
-    work = WorkList.load(out) if (out / MANIFEST).is_file() else None
-    for name in [MANIFEST, INDEX, *(output.name for output in (work.outputs if work else ()))]:
-        (out / name).unlink(missing_ok=True)
+    """Remove what an earlier run left, and nothing else; its list last, so that a kill leaves a folder that is known as one of ours."""
+    if (out / MANIFEST).is_file():
+        try:
+            work = WorkList.load(out)
+            names = [output.name for output in work.outputs] if work else []
+        except T2NErrorInconsistentTensor:
+            names = [path.name for path in out.glob(OUTPUTS)]
+        for name in (INDEX, *names, MANIFEST):
+            (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / WORK, ignore_errors=True)
+
+
+def _check_folder(checkpoint: Path, out: Path, force: bool) -> None:
+    """Raise `T2NErrorInvalidArgument` where a new run would meet files of others."""
+    if out.resolve() == checkpoint.resolve():
+        raise T2NErrorInvalidArgument(f"{out} is the checkpoint itself; name another folder")
+    if not out.exists() or (out / MANIFEST).is_file():
+        return
+    others = [path for path in out.iterdir() if path.name != WORK]
+    if any(path.name == INDEX or path.suffix == ".safetensors" for path in others):
+        raise T2NErrorInvalidArgument(f"{out} holds another checkpoint; name another folder")
+    if others and not force:
+        raise T2NErrorInvalidArgument(f"{out} holds something else already; name another folder, or pass --force")
 
 
 def _planned(options: LlmOptions, said: Mapping[str, Any], files: int) -> WorkList:
@@ -173,8 +190,7 @@ def _planned(options: LlmOptions, said: Mapping[str, Any], files: int) -> WorkLi
                 f"{key} learns from data that runs through the whole model: export with -c {key}, or choose a method that looks at each "
                 "weight alone, such as q40"
             )
-    if out.exists() and any(path.name != WORK for path in out.iterdir()) and not options.ignore_already_exist_dir:
-        raise T2NErrorInvalidArgument(f"{out} holds something else already; name another folder, or pass --force")
+    _check_folder(options.local_dir or Path(), out, options.ignore_already_exist_dir)
     found = Checkpoint.find(options)
     if found.packed:
         raise T2NErrorInvalidArgument(f"{found.name} is packed already")
@@ -182,7 +198,10 @@ def _planned(options: LlmOptions, said: Mapping[str, Any], files: int) -> WorkLi
     dtype = torch.float32 if found.dtype is torch.bfloat16 else found.dtype
     signature = step_signature(found.config, 1, trust_remote_code=options.trust_remote_code)
     model = found.load(dtype, "t2n_offload_disk", attention_of(found.config))
-    entries = _entries(model, _uses(options, found, signature, model), options, stored, out)
+    uses = _uses(options, found, signature, model)
+    if options.ignore_already_exist_dir:
+        _clear(out)  # not before all that can be refused was
+    entries = _entries(model, uses, options, stored, out)
     digests = {name: digest_of(path) for path, name in sorted(stored.items())}
     work = WorkList(said, digests, named(list(divided(entries, files))))
     work.save(out)
