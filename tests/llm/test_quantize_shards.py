@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from torch_to_nnef.exceptions import (
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
     T2NErrorNotFoundFile,
+    T2NErrorRuntime,
 )
-from torch_to_nnef.llm_tract import shards
+from torch_to_nnef.llm_tract import shard_work, shards
 from torch_to_nnef.llm_tract.export import export_llm
 from torch_to_nnef.llm_tract.options import LlmOptions
+from torch_to_nnef.llm_tract.shard_list import put
 from torch_to_nnef.llm_tract.shards import quantize_shards
 from torch_to_nnef.llm_tract.streaming import load_offloaded
 from torch_to_nnef.tensor.quant import QTensor, load_safetensors
@@ -130,6 +133,24 @@ def killed(checkpoint, packed, folder, step):
     return int(done.stdout.split()[-1])
 
 
+def test_all_workers_may_complete_the_folder_at_once(tmp_path):
+    text = "x" * 100_000
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: put(tmp_path, "config.json", text), range(200)))
+    assert (tmp_path / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("step", ["_packed", "save_safetensors", "offloaded_tensors"])
+def test_a_worker_that_is_overtaken_is_done_too(checkpoint, packed, begun, monkeypatch, step):
+    def overtaken(*_, **__):
+        shutil.copytree(packed, begun, dirs_exist_ok=True)
+        raise T2NErrorRuntime("the work folder is gone")
+
+    monkeypatch.setattr(shard_work, step, overtaken)
+    assert quantize_shards(options(checkpoint, begun), files=FILES).complete
+    assert content(begun) == content(packed)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_killed_anywhere_it_goes_on(checkpoint, packed, tmp_path):
     assert killed(checkpoint, packed, tmp_path, step=29) >= 7
@@ -155,7 +176,10 @@ def test_other_options_are_refused(checkpoint, begun, changed, files, match):
         quantize_shards(options(checkpoint, begun, **changed), files=files)
 
 
-def test_another_checkpoint_is_refused(checkpoint, begun, tmp_path):
+@pytest.mark.parametrize("complete", [False, True])
+def test_another_checkpoint_is_refused(checkpoint, packed, begun, tmp_path, complete):
+    if complete:
+        shutil.copytree(packed, begun, dirs_exist_ok=True)
     other = shutil.copytree(checkpoint, tmp_path / "other")
     path = sorted(other.glob("*.safetensors"))[1]
     save_file(load_file(path), path, metadata={"format": "pt", "other": ""})
@@ -223,6 +247,13 @@ def test_a_damaged_work_list_is_refused(checkpoint, begun, damage):
     path.write_text(DAMAGES[damage](path.read_text()))
     with pytest.raises(T2NErrorInconsistentTensor, match="begin anew with --force"):
         quantize_shards(options(checkpoint, begun), files=FILES)
+
+
+def test_force_is_not_for_one_of_several(checkpoint, packed, begun):
+    shutil.copytree(packed, begun, dirs_exist_ok=True)
+    with pytest.raises(T2NErrorInvalidArgument, match=r"--shard 2/3: each worker would remove what others did"):
+        quantize_shards(options(checkpoint, begun, ignore_already_exist_dir=True), (2, 3), FILES)
+    assert content(begun) == content(packed)
 
 
 def test_force_begins_anew_after_a_damaged_work_list(checkpoint, packed, begun):

@@ -45,7 +45,7 @@ def quantize_shards(
     ray_address: Annotated[str | None, Option(help="Of the cluster; none: start one on this machine.")] = None,
     retries: Annotated[int, Option(min=0, help="Of a file, after its worker was lost or could not write.")] = 3,
     trust_remote_code: Annotated[bool, Option(help="Run code that comes with the checkpoint.")] = False,
-    force: Annotated[bool, Option("--force", help="Begin anew; other files in OUT stay.")] = False,
+    force: Annotated[bool, Option("--force", help="Begin anew, of one worker; other files in OUT stay.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     verbose: Annotated[bool, Option("-v", "--verbose", help="Log more, and show tracebacks.")] = False,
 ) -> None:

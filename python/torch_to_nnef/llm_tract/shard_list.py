@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,12 +16,13 @@ from typing import Any
 
 import torch
 
+from torch_to_nnef._native import Staging, put_in_place
 from torch_to_nnef.exceptions import (
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
     T2NErrorNotFoundFile,
-    T2NErrorRuntime,
 )
+from torch_to_nnef.files import writing
 from torch_to_nnef.quantize.targets import Use
 from torch_to_nnef.tensor.extents import DTYPE_NAMES, ByteFile, Extent
 from torch_to_nnef.tensor.offload import OffloadedTensor
@@ -139,15 +139,10 @@ class Sources:
 
 def put(out: Path, name: str, content: str | bytes) -> None:
     """Replace `out/name` in one step; what a kill leaves is in the work folder. Raises `T2NErrorRuntime` when the system refuses."""
-    beside = out / WORK / name
-    try:
-        with beside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(out / name)
-    except OSError as error:
-        raise T2NErrorRuntime(f"cannot write {out / name}: {error}") from error
+    with Staging(out / WORK) as folder, writing(out / name):
+        beside = Path(folder) / name
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        put_in_place(beside, out / name)
 
 
 def digest_of(path: Path) -> str:

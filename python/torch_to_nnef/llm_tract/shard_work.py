@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef.compress import Choice, dynamic_load_registry
-from torch_to_nnef.exceptions import T2NErrorNotFoundFile
+from torch_to_nnef.exceptions import T2NError
 from torch_to_nnef.llm_tract.shard_list import WORK, Entry, Sources, WorkList
 from torch_to_nnef.quantize.targets import Selection, Use
 from torch_to_nnef.tensor.offload import OffloadedTensor, scratch_in
@@ -28,31 +28,40 @@ def quantize_output(work: WorkList, number: int, checkpoint: Path, out: Path, pr
 
     Raises what the method raises, `T2NErrorRuntime` where the system cannot write, `T2NErrorInconsistentTensor` for files that changed.
     """
-    output, folder = work.outputs[number], out / WORK
-    target, sources = out / output.name, Sources(checkpoint, out)
+    folder, sources = out / WORK, Sources(checkpoint, out)
+    target = out / work.outputs[number].name
     if target.exists():
         return
+    try:
+        parts = _make(work, number, sources, folder, target, progress)
+    except (T2NError, OSError):
+        if not target.exists():  # else another worker was faster, and cleared up
+            raise
+        return
+    sync(out)
+    for part in parts:
+        part.unlink(missing_ok=True)
+
+
+def _make(
+    work: WorkList, number: int, sources: Sources, folder: Path, target: Path, progress: Progress | None
+) -> list[Path]:
+    """Put the file in place; returns the parts it was made of."""
     folder.mkdir(exist_ok=True)
     parts: dict[str, Path] = {}
-    for position, entry in enumerate(output.entries):
+    for position, entry in enumerate(work.outputs[number].entries):
         if entry.method is not None:
             parts[entry.name] = part = folder / f"{number:05d}-{position:05d}.safetensors"
             if not part.exists():
                 save_safetensors(_packed(work, entry, sources, folder), part)
         if progress:
             progress(entry.nbytes, entry.name)
-    try:
-        made = {name: tensor for part in parts.values() for name, tensor in offloaded_tensors(part).items()}
-        # What a method leaves is copied from the checkpoint.
-        left = {entry.name: sources.tensor(entry) for entry in output.entries if entry.name not in made}
-        save_safetensors(made | left, folder / output.name)
-        (folder / output.name).replace(target)
-    except (T2NErrorNotFoundFile, FileNotFoundError):
-        if not target.exists():  # else another worker was faster, and cleared up
-            raise
-    sync(out)
-    for part in parts.values():
-        part.unlink(missing_ok=True)
+    made = {name: tensor for part in parts.values() for name, tensor in offloaded_tensors(part).items()}
+    # What a method leaves is copied from the checkpoint.
+    left = {entry.name: sources.tensor(entry) for entry in work.outputs[number].entries if entry.name not in made}
+    save_safetensors(made | left, folder / target.name)
+    (folder / target.name).replace(target)
+    return list(parts.values())
 
 
 def _packed(work: WorkList, entry: Entry, sources: Sources, folder: Path) -> dict[str, torch.Tensor]:

@@ -104,6 +104,10 @@ def quantize_shards(
     if not 1 <= index <= count or files < 1:
         raise T2NErrorInvalidArgument(f"share {index}/{count} of {files} files: expected i/n with 1 <= i <= n")
     checkpoint, out = options.local_dir or Path(), options.export_dirpath
+    if count > 1 and options.ignore_already_exist_dir:
+        raise T2NErrorInvalidArgument(
+            f"--force with --shard {index}/{count}: each worker would remove what others did; remove {out}, then start them"
+        )
     work = _work_list(options, files)
     (run or _run_here)(work, work.share(index, count), checkpoint, out, progress)
     return _complete(work, checkpoint, out)
@@ -135,8 +139,7 @@ def _work_list(options: LlmOptions, files: int) -> WorkList:
         raise T2NErrorInvalidArgument(
             f"{out} was begun with other options ({', '.join(other)}); begin anew with --force"
         )
-    if not (out / INDEX).exists():
-        Sources(checkpoint, out).check(work)
+    Sources(checkpoint, out).check(work)
     return work
 
 
@@ -284,7 +287,6 @@ def _copy_description(work: WorkList, checkpoint: Path, out: Path) -> None:
         raise T2NErrorNotFoundFile(f"cannot read {checkpoint / 'config.json'}: {error}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise T2NErrorInconsistentTensor(f"{checkpoint / 'config.json'} is no JSON object: {error}") from error
-    (out / WORK).mkdir(exist_ok=True)
     for path in sorted(chain.from_iterable(checkpoint.glob(pattern) for pattern in hub.DESCRIPTION)):
         if path.is_file() and not path.name.endswith(".index.json") and path.name not in ("config.json", MANIFEST):
             put(out, path.name, path.read_bytes())
