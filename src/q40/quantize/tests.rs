@@ -3,9 +3,9 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::q40::{dequantize, join, split, squared_error};
 use crate::q40::simd::Scalar;
 use crate::q40::simd::samples::{any_float, group};
+use crate::q40::{dequantize, join, split, squared_error};
 
 const ENCODERS: [Encoder; 5] = [
     Encoder::SignedExtreme,
