@@ -49,6 +49,7 @@ test-python: dev ## the package; slow tests are left out
 	$(BIN)/python -m pytest -q -n 2
 
 test-slow: dev ## the tests that take minutes
+	$(BIN)/python -m pip install --quiet --no-compile --group slow
 	$(BIN)/python -m pytest -q -m slow
 
 fuzz: ## half a minute of fuzzing a target; needs cargo-fuzz and a nightly toolchain

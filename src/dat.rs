@@ -283,5 +283,5 @@ pub fn write(path: &Path, header: &Header, payload: impl Read, stop: &AtomicBool
     out.write_all(&header.encode()).map_err(Error::io(path))?;
     let mut payload = Exactly::new(payload, header.payload_len(), stop);
     std::io::copy(&mut payload, &mut out).map_err(|e| payload.explain(e, path))?;
-    out.into_inner().map_err(|e| Error::io(path)(e.into_error()))?.commit()
+    out.into_inner().map_err(|e| Error::io(path)(e.into_error()))?.commit().map(drop)
 }

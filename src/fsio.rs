@@ -3,6 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tempfile::{Builder, NamedTempFile, TempDir};
@@ -40,12 +41,14 @@ impl AtomicFile {
         Ok(Self { temp: temp.map_err(Error::io(target))?, target: target.to_path_buf() })
     }
 
-    /// Puts the file in place, durably.
-    pub fn commit(self) -> Result<()> {
+    /// Puts the file in place, durably; returns its bytes.
+    pub fn commit(self) -> Result<u64> {
         let Self { temp, target } = self;
         temp.as_file().sync_all().map_err(Error::io(&target))?;
+        let len = temp.as_file().metadata().map_err(Error::io(&target))?.len();
         temp.persist(&target).map_err(|e| Error::io(&target)(e.error))?;
-        sync_folder(parent_of(&target)?)
+        sync_folder(parent_of(&target)?)?;
+        Ok(len)
     }
 }
 
@@ -133,22 +136,32 @@ impl Drop for Made {
     }
 }
 
-/// An unfinished folder with its lock; dropped, it is gone.
+/// An unfinished folder with its lock; dropped, it is gone, unless by a fork of the process that made it.
 #[derive(Debug)]
 struct OwnedFolder {
     temp: TempDir,
+    owner: u32,
     _lock: Option<File>, // dropped after the folder is gone
+}
+
+impl Drop for OwnedFolder {
+    fn drop(&mut self) {
+        if self.owner != process::id() {
+            self.temp.disable_cleanup(true);
+        }
+    }
 }
 
 impl OwnedFolder {
     fn create(parent: &Path, prefix: &str) -> io::Result<Self> {
         owned(|| {
             let temp = Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent)?;
+            let owner = process::id();
             if cfg!(not(unix)) {
-                return Ok(Some(Self { temp, _lock: None })); // folders cannot be opened there
+                return Ok(Some(Self { temp, owner, _lock: None })); // folders cannot be opened there
             }
             let lock = File::open(temp.path())?;
-            Ok(own(temp.path(), &lock).then_some(Self { temp, _lock: Some(lock) }))
+            Ok(own(temp.path(), &lock).then(|| Self { temp, owner, _lock: Some(lock) }))
         })
     }
 
@@ -189,8 +202,10 @@ pub fn sweep(folder: &Path) {
         let Ok(kind) = entry.file_type() else { continue };
         if starts(TEMP_PREFIX) && kind.is_file() {
             // Some network file systems lock only what is open for writing.
-            let dead = File::options().write(true).open(&path).is_ok_and(|file| file.try_lock().is_ok());
-            let _left = dead.then(|| fs::remove_file(&path));
+            let Ok(lock) = File::options().write(true).open(&path) else { continue };
+            if lock.try_lock().is_ok() {
+                let _left = fs::remove_file(&path); // still locked: who made it meanwhile makes another
+            }
         } else if kind.is_dir() && (starts(TEMP_PREFIX) || starts(ASIDE_PREFIX)) {
             let Ok(lock) = File::open(&path) else { continue };
             if lock.try_lock().is_ok() {
@@ -239,7 +254,7 @@ pub fn put_in_place(new: &Path, target: &Path, stop: &AtomicBool) -> Result<()> 
 /// Afterwards what was at `target`, if anything, is at `new`.
 fn put_folder(new: &Path, target: &Path) -> Result<()> {
     let parent = parent_of(target)?;
-    swap_in(new, target, parent).map_err(Error::io(target))?;
+    swap_in(new, target, parent, exchange).map_err(Error::io(target))?;
     sync_folder(parent)
 }
 
@@ -291,112 +306,54 @@ fn or_here(folder: &Path) -> &Path {
     if folder.as_os_str().is_empty() { Path::new(".") } else { folder }
 }
 
-/// Renames `new` to `target` in `parent`; a folder already there ends up at `new`, or is removed by [`move_aside`].
-fn swap_in(new: &Path, target: &Path, parent: &Path) -> io::Result<()> {
-    match fs::rename(new, target) {
-        Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
-        outcome => return outcome,
-    }
-    #[cfg(any(target_os = "linux", target_vendor = "apple"))]
-    {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        use rustix::io::Errno;
-        match renameat_with(CWD, new, CWD, target, RenameFlags::EXCHANGE) {
-            // The kernel or the file system has no exchange.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
-            outcome => return outcome.map_err(Into::into),
+/// Renames `new` to `target` in `parent`; a folder already there is then at `new`, or gone. Of several that do so at once
+/// the last one wins.
+fn swap_in(new: &Path, target: &Path, parent: &Path, exchange: Exchange) -> io::Result<()> {
+    let is_occupied = |e: &io::Error| matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists);
+    loop {
+        match fs::rename(new, target) {
+            Err(e) if is_occupied(&e) => {}
+            outcome => return outcome,
+        }
+        let outcome = match exchange(new, target) {
+            Err(e) if matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => {
+                move_aside(new, target, parent)
+            }
+            outcome => outcome,
+        };
+        match outcome {
+            Err(e) if is_occupied(&e) || (e.kind() == ErrorKind::NotFound && new.exists()) => {} // another was faster
+            outcome => return outcome,
         }
     }
-    move_aside(new, target, parent)
 }
 
-/// [`swap_in`] by two renames; if the process is killed between them, `target` is absent until the next [`sweep`].
+/// Gives each of two folders the other's name in one step; an error if the kernel or the file system cannot.
+type Exchange = fn(&Path, &Path) -> io::Result<()>;
+
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
+fn exchange(new: &Path, target: &Path) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, new, CWD, target, RenameFlags::EXCHANGE)?)
+}
+
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+fn exchange(_: &Path, _: &Path) -> io::Result<()> {
+    Err(ErrorKind::Unsupported.into())
+}
+
+/// Two renames; if the process is killed between them, `target` is absent until the next [`sweep`].
 fn move_aside(new: &Path, target: &Path, parent: &Path) -> io::Result<()> {
-    let aside = OwnedFolder::create(parent, ASIDE_PREFIX)?;
+    let mut aside = OwnedFolder::create(parent, ASIDE_PREFIX)?;
     let old = aside.path().join(target.file_name().unwrap_or_default());
     fs::rename(target, &old)?;
     let outcome = fs::rename(new, target);
-    if outcome.is_err() && fs::rename(&old, target).is_err() {
-        let _for_the_sweep = aside.temp.keep(); // rather than the old content lost
+    if outcome.is_err() && fs::rename(&old, target).is_err() && !target.exists() {
+        aside.temp.disable_cleanup(true); // it is for the sweep, rather than the old content lost
     }
     outcome
 }
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-
-    fn folder_with(parent: &Path, name: &str, file: &str) -> PathBuf {
-        let path = parent.join(name);
-        fs::create_dir(&path).unwrap();
-        fs::write(path.join(file), "").unwrap();
-        path
-    }
-
-    #[test]
-    fn what_the_dead_left_is_swept_and_nothing_else() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = |name: &str| dir.path().join(name);
-        let alive = AtomicFile::create(&path("file")).unwrap();
-        let folder = AtomicFolder::create(&path("folder")).unwrap();
-        let staging = Staging::create(dir.path()).unwrap();
-        for name in [".t2n-unfinished-", ".t2n-unfinished-notes", ".t2n-unfinished-1234567.", ".t2n-12345678", "x"] {
-            fs::write(path(name), "the user's").unwrap();
-        }
-        let kept = fs::read_dir(dir.path()).unwrap().count();
-        fs::write(path(".t2n-unfinished-12345678"), "").unwrap();
-        folder_with(&folder_with(dir.path(), ".t2n-unfinished-abcdEFGH", "file"), "inner", "file");
-        sweep(dir.path());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), kept);
-        alive.commit().unwrap();
-        folder.commit().unwrap();
-        drop(staging);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 7);
-    }
-
-    #[test]
-    fn what_was_moved_aside_comes_back_if_nothing_took_its_place() {
-        let dir = tempfile::tempdir().unwrap();
-        for replaced in [false, true] {
-            folder_with(&folder_with(dir.path(), ".t2n-aside-12345678", "x"), "target", "old");
-            if replaced {
-                fs::rename(dir.path().join("target/old"), dir.path().join("target/new")).unwrap();
-            }
-            sweep(dir.path());
-            assert!(dir.path().join(if replaced { "target/new" } else { "target/old" }).exists());
-        }
-        assert!(!dir.path().join(".t2n-aside-12345678").exists());
-    }
-
-    #[test]
-    fn folders_made_for_an_output_go_without_it_and_stay_with_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let parent = dir.path().join("a/b");
-        drop(Staging::create(&parent).unwrap());
-        assert!(!dir.path().join("a").exists());
-        let staging = Staging::create(&parent).unwrap();
-        fs::write(staging.path().join("x"), "").unwrap();
-        put_in_place(&staging.path().join("x"), &parent.join("x"), &AtomicBool::new(false)).unwrap();
-        drop(staging);
-        assert_eq!(fs::read_dir(&parent).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn without_exchange_a_folder_is_replaced_by_two_renames() {
-        let dir = tempfile::tempdir().unwrap();
-        let (old, new) = (folder_with(dir.path(), "target", "old"), folder_with(dir.path(), "new", "new"));
-        move_aside(&new, &old, dir.path()).unwrap();
-        assert!(old.join("new").exists() && !old.join("old").exists());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_failed_second_rename_brings_the_old_folder_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let old = folder_with(dir.path(), "target", "old");
-        assert!(move_aside(&dir.path().join("missing"), &old, dir.path()).is_err());
-        assert!(old.join("old").exists());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-}
+mod tests;

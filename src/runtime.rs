@@ -26,7 +26,7 @@ use tract_linalg::multithread::{Executor, multithread_tract_scope};
 use tract_nnef::ast::{LValue, ProtoModel};
 use tract_nnef::internal::{
     DatumType, DimLike, Framework, Identifier, IntoTValue, Nnef, OutletId, SymbolValues, TDim, TValue, TVec, Tensor,
-    TractErrorContext, TractResult, TypedFact, TypedModel, TypedSimplePlan, bail, ensure,
+    TractError, TractErrorContext, TractResult, TypedFact, TypedModel, TypedSimplePlan, bail, ensure,
 };
 use tract_transformers::WithTractTransformers;
 
@@ -206,7 +206,6 @@ impl Model {
         let options = RunOptions { executor: executor(threads)?, ..RunOptions::default() };
         let mut proto = guarded(&at, stop, parse)?;
         let refused = |why: String| Error::Tract(format!("{at}: graph.nnef: {why}"));
-        rules::check(&proto).map_err(refused)?;
         if let Some(names) = outputs {
             select_outputs(&mut proto, names)?;
         }
@@ -336,7 +335,7 @@ fn invalid<T>(why: String) -> Result<T> {
 /// Parsing its standard library takes milliseconds, so that there is one for all loads.
 fn framework() -> &'static Nnef {
     static FRAMEWORK: OnceLock<Nnef> = OnceLock::new();
-    FRAMEWORK.get_or_init(|| tract_nnef::nnef().with_tract_transformers())
+    FRAMEWORK.get_or_init(|| rules::guard(tract_nnef::nnef().with_tract_transformers()))
 }
 
 fn type_name(datum_type: DatumType) -> Option<&'static str> {
@@ -350,11 +349,17 @@ fn guarded<T>(at: &dyn Display, stop: &AtomicBool, work: impl FnOnce() -> TractR
     }
     let why = match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(done)) => return Ok(done),
-        // Not its Debug form, which holds a backtrace.
-        Ok(Err(error)) => format!("{error:#}"),
+        Ok(Err(error)) => cause_first(&error),
         Err(panic) => format!("tract panicked: {}", panic_text(&*panic)),
     };
     Err(Error::Tract(format!("{at}: {}", why.get(..why.floor_char_boundary(MAX_ERROR_LEN)).unwrap_or_default())))
+}
+
+/// The long way to it comes last, where a cut does no harm.
+fn cause_first(error: &TractError) -> String {
+    let mut chain: Vec<_> = error.chain().map(ToString::to_string).collect();
+    let cause = chain.pop().unwrap_or_default();
+    if chain.is_empty() { cause } else { format!("{cause} ({})", chain.join(": ")) }
 }
 
 /// Symbolic dimensions as i64; tract leaves those that it folded into constants as expressions.

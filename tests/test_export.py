@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_to_nnef import TractModel
+from torch_to_nnef import TractModel, quantize_and_verify
 from torch_to_nnef.exceptions import (
     T2NErrorDynamicShapeValue,
     T2NErrorInvalidArgument,
@@ -14,6 +14,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorIoQuantity,
     T2NErrorMissingOpEmitter,
     T2NErrorNotImplemented,
+    T2NErrorRuntime,
 )
 from torch_to_nnef.export import export_model_to_nnef
 from torch_to_nnef.inference_target import TractNNEF
@@ -301,6 +302,62 @@ def test_a_mismatch_names_output_index_and_values_and_writes_nothing(tmp_path):
     assert {"error.txt", "inputs_0.npz", "torch_0.npz", "tract_0.npz", "m.nnef.tar"} == {
         p.name for p in (tmp_path / "bundle").iterdir()
     }
+
+
+class Unseen(nn.Module):
+    def forward(self, x):
+        raise AssertionError("captured in vain")
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "error"),
+    [
+        ("m.nnef", "m.nnef/thesis.tex", r"holds more than an archive \(thesis.tex\)"),
+        ("m.nnef", "m.nnef/graph.nnef m.nnef/a/w.dat m.nnef/a/notes", r"\(a/notes\)"),
+        ("m.nnef", "m.nnef", "is not a folder"),
+        ("m.nnef.tgz", "m.nnef.tgz/x", "is not a file"),
+    ],
+)
+def test_what_is_no_archive_is_not_replaced_and_that_is_said_at_once(tmp_path, name, there, error):
+    for path in there.split():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(T2NErrorInvalidArgument, match=error):
+        export(Unseen(), torch.ones(1), tmp_path / name, compression_level=None)
+    with pytest.raises(T2NErrorInvalidArgument, match=error):
+        quantize_and_verify(Unseen(), torch.ones(1), tmp_path / name, method=None, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_to_an_archive_that_is_a_folder_is_not_replaced(tmp_path):
+    there = export(mlp(), torch.randn(2, 32), tmp_path / "m.nnef", compression_level=None)
+    (tmp_path / "link.nnef").symlink_to(there)
+    with pytest.raises(T2NErrorInvalidArgument, match="is not a folder"):
+        export(Unseen(), torch.ones(1), tmp_path / "link.nnef", compression_level=None)
+
+
+def test_a_name_the_system_does_not_take_is_said_at_once(tmp_path):
+    with pytest.raises(T2NErrorRuntime, match="too long"):
+        export(Unseen(), torch.ones(1), tmp_path / f"{'m' * 300}.nnef")
+
+
+class WrongFile(Wrong):
+    """Its input has a name that `numpy.savez` takes for itself."""
+
+    def forward(self, file):
+        return super().forward(file)
+
+
+@pytest.mark.parametrize("there", ["", "bundle", "bundle/error.txt bundle/mine.txt"])
+def test_what_becomes_of_the_bundle_does_not_hide_why_it_is_written(tmp_path, there):
+    for path in there.split():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("mine")
+    with pytest.raises(T2NErrorIOPytorchTractNotISO):
+        export(WrongFile(), torch.randn(2, 4), tmp_path / "m.nnef", debug_bundle_path=tmp_path / "bundle")
+    assert (tmp_path / "bundle/inputs_0.npz").exists() == (not there)
+    assert all((tmp_path / path).read_text() == "mine" for path in there.split())
 
 
 def test_an_archive_property_says_the_tract_version_and_what_the_user_adds(tmp_path):

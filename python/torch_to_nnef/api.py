@@ -27,7 +27,7 @@ from torch_to_nnef.graph.quantized import float_reference
 from torch_to_nnef.graph.torchscript import eager
 from torch_to_nnef.graph.uses import weight_uses
 from torch_to_nnef.inference_target import TractNNEF
-from torch_to_nnef.nnef.writer import target_path, write_archive
+from torch_to_nnef.nnef.writer import check_replaceable, target_path, write_archive
 from torch_to_nnef.quantize.apply import Progress, row_of
 from torch_to_nnef.quantize.budget import Budget, costs_of
 from torch_to_nnef.quantize.calibration import Batch, Calibration, as_batch, as_calibration
@@ -97,6 +97,7 @@ def quantize_and_verify(
     destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
+    check_replaceable(destination, form)
     choice = Choice(method, registry, overrides or {}, fallback, Budget(target_bpw, max_kl))
     if calibration_cache is not None and not any(takes(m, "calibration_cache") for m in choice.methods):
         raise T2NErrorInvalidArgument(f"{_name(method)} takes no calibration_cache")

@@ -33,7 +33,7 @@ from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.linter import lint
 from torch_to_nnef.nnef.lower import Lowered, lower, missing_ops
 from torch_to_nnef.nnef.names import VariableNamingScheme
-from torch_to_nnef.nnef.writer import target_path, write_archive
+from torch_to_nnef.nnef.writer import check_replaceable, target_path, write_archive
 from torch_to_nnef.op import half
 from torch_to_nnef.op.extensions import load_modules
 from torch_to_nnef.op.registry import table
@@ -86,6 +86,7 @@ def export_model_to_nnef(
     `T2NErrorIOPytorchTractNotISO` if its outputs are not torch's. The model is left as it came, and a file at the path untouched.
     """
     path, form = target_path(file_path_export, compression_level)
+    check_replaceable(path, form)
     load_modules(load_extra_op_modules or ())
     naming = Naming(
         input_names, output_names, check_io_names_qte_match, allow_same_io_names, _scheme(nnef_variable_naming_scheme)

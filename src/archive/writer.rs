@@ -175,8 +175,7 @@ fn finish_tar(builder: tar::Builder<Stream>, target: &Path) -> Result<u64> {
         Stream::Plain(out) => out,
         Stream::Gzip(gzip) => gzip.finish().map_err(Error::io(target))?,
     };
-    out.into_inner().map_err(|e| Error::io(target)(e.into_error()))?.commit()?;
-    Ok(fs::metadata(target).map_err(Error::io(target))?.len())
+    out.into_inner().map_err(|e| Error::io(target)(e.into_error()))?.commit()
 }
 
 struct FolderSink {

@@ -96,7 +96,7 @@ pub fn write_text(py: Python<'_>, path: PathBuf, text: &str) -> PyResult<()> {
         sweep_beside(&path);
         let mut file = AtomicFile::create(&path)?;
         file.write_all(text.as_bytes()).map_err(Error::io(&path))?;
-        file.commit()
+        file.commit().map(drop)
     })
 }
 

@@ -1,271 +1,214 @@
-//! What a parsed graph may not ask of tract, seen with the values that its fragments are given.
+//! What an archive may not ask of tract's operators, checked where tract builds them, with the values it builds them from.
 //!
-//! tract 0.23.9 loops without end on a transposition that names an axis twice, and takes a packed right side of `matmul`
-//! as transposed whatever it is told.
+//! tract 0.23.9 loops without end on a transposition that names an axis twice, allocates what numbers in the file ask for,
+//! and takes a packed side of `matmul` as it lies, whatever it is told.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
+use std::mem;
+use std::sync::{Arc, OnceLock};
 
-use tract_linalg::block_quant::BlockQuantStorage;
-use tract_nnef::ast::{
-    Argument, Assignment, FragmentDef, Invocation, LValue, Literal, Parameter, ProtoModel, RValue, Subscript,
+use tract_core::ops::einsum::EinSum;
+use tract_nnef::ast::RValue;
+use tract_nnef::deser::{ModelBuilder, ResolvedInvocation, Value};
+use tract_nnef::framework::Nnef;
+use tract_nnef::internal::{
+    AxesMapping, OutletId, Tensor, TractErrorContext, TractResult, TypedFact, TypedNode, ensure,
 };
-use tract_nnef::internal::Tensor;
+use tract_nnef::registry::ToTract;
 
 /// Axes of a tensor.
 const MAX_RANK: usize = 64;
-/// What tract allocates while it loads or runs, if numbers in the file ask for it: `(operator, argument, its place, most
-/// of the product of its numbers)`. The elements of a window become offsets, a few hundred bytes each.
-const AMOUNTS: [(&str, &str, usize, i64); 17] = [
-    ("tile", "repeats", 1, 1 << 31),
-    ("pad", "padding", 1, 1 << 31),
-    ("constant", "shape", 0, 1 << 31),
-    ("tract_core_broadcast", "shape", 1, 1 << 31),
-    ("tract_core_range", "end", 1, 1 << 31),
-    ("tract_core_one_hot", "dim", 2, 1 << 31),
-    ("copy_n", "times", 1, 1 << 16),
-    ("nearest_upsample", "factor", 1, 1 << 16),
-    ("multilinear_upsample", "factor", 1, 1 << 16),
-    ("conv", "padding", 4, 1 << 31),
-    ("deconv", "padding", 4, 1 << 31),
-    ("box", "size", 1, 1 << 18),
-    ("box", "padding", 3, 1 << 31),
-    ("debox", "size", 1, 1 << 18),
-    ("max_pool", "size", 1, 1 << 18),
-    ("max_pool_with_index", "size", 1, 1 << 18),
-    ("avg_pool", "size", 1, 1 << 18),
+/// What tract allocates while it loads or runs, if numbers in the file ask for it: `(operator, argument, most of the
+/// product of its numbers)`. The elements of a window become offsets, a few hundred bytes each. Other
+/// operators (`avg_pool`, `max_pool`) are fragments that apply these.
+const AMOUNTS: [(&str, &str, i64); 14] = [
+    ("tile", "repeats", 1 << 31),
+    ("pad", "padding", 1 << 31),
+    ("tract_core_broadcast", "shape", 1 << 31),
+    ("tract_core_range", "start", 1 << 31),
+    ("tract_core_range", "end", 1 << 31),
+    ("tract_core_one_hot", "dim", 1 << 31),
+    ("nearest_upsample", "factor", 1 << 16),
+    ("multilinear_upsample", "factor", 1 << 16),
+    ("conv", "padding", 1 << 31),
+    ("deconv", "padding", 1 << 31),
+    ("box", "size", 1 << 18),
+    ("box", "padding", 1 << 31),
+    ("debox", "size", 1 << 18),
+    ("max_pool_with_index", "size", 1 << 18),
 ];
 
-type Checked = Result<(), String>;
+type Check = fn(&mut ModelBuilder, &ResolvedInvocation) -> TractResult<()>;
+type CheckBuilt = fn(&mut ModelBuilder, &ResolvedInvocation, OutletId) -> TractResult<()>;
 
-/// What is known of an identifier before anything is computed.
-#[derive(Clone)]
-enum Known {
-    /// A tensor in blocks of 32.
-    Packed,
-    /// Numbers and texts written in the file.
-    Written(RValue),
+const BEFORE: [(&str, Check); 5] = [
+    ("transpose", transpose),
+    ("unsqueeze", unsqueeze),
+    ("box", window),
+    ("max_pool_with_index", window),
+    ("tract_core_one_hot", one_hot),
+];
+const AFTER: [(&str, CheckBuilt); 2] = [("matmul", matmul), ("tract_moe_ffn", experts)];
+
+/// tract's own operators that [`guard`] stands before.
+static GUARDED: OnceLock<HashMap<String, ToTract>> = OnceLock::new();
+
+/// Puts the checks around the operators of `framework` that need one.
+pub fn guard(mut framework: Nnef) -> Nnef {
+    let names = BEFORE.iter().map(|(name, _)| name).chain(AFTER.iter().map(|(name, _)| name));
+    let names: HashSet<&str> = names.chain(AMOUNTS.iter().map(|(name, ..)| name)).copied().collect();
+    let operators = framework.registries.iter_mut().flat_map(|registry| &mut registry.primitives);
+    let needy = operators.filter(|(name, _)| names.contains(&*name.0));
+    let own = needy.map(|(name, operator)| (name.0.clone(), mem::replace(&mut operator.to_tract, checked))).collect();
+    GUARDED.get_or_init(|| own);
+    framework
 }
 
-type Scope = HashMap<String, Known>;
-
-/// `Err(why)` if tract must not be given `proto`; cycles of fragments have been refused before.
-pub fn check(proto: &ProtoModel) -> Checked {
-    let packed = |tensor: &Tensor| tensor.storage_as::<BlockQuantStorage>().is_some();
-    let labels = proto.tensors.iter().filter(|(_, tensor)| packed(tensor)).map(|(label, _)| label.0.as_str()).collect();
-    Walk { proto, labels }.body(&proto.doc.graph_def.body, Scope::new())
+fn checked(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<Value> {
+    let name = &*invocation.invocation.id.0;
+    let own = GUARDED.get().and_then(|own| own.get(name)).context("an operator that nobody guards")?;
+    for (_, check) in BEFORE.iter().filter(|(operator, _)| *operator == name) {
+        check(builder, invocation)?;
+    }
+    for (_, argument, most) in AMOUNTS.iter().filter(|(operator, ..)| *operator == name) {
+        amount(builder, invocation, argument, *most)?;
+    }
+    let built = own(builder, invocation)?;
+    for (_, check) in AFTER.iter().filter(|(operator, _)| *operator == name) {
+        let outlet = built.to(builder)?;
+        check(builder, invocation, outlet)?;
+    }
+    Ok(built)
 }
 
-struct Walk<'a> {
-    proto: &'a ProtoModel,
-    /// Of packed tensors.
-    labels: HashSet<&'a str>,
-}
-
-impl Walk<'_> {
-    fn body(&self, body: &[Assignment], mut scope: Scope) -> Checked {
-        for assignment in body {
-            self.value(&assignment.right, &scope)?;
-            if let LValue::Identifier(left) = &assignment.left
-                && let Some(known) = self.known(&assignment.right, &scope)
-            {
-                scope.insert(left.0.clone(), known);
-            }
-        }
-        Ok(())
-    }
-
-    fn value(&self, value: &RValue, scope: &Scope) -> Checked {
-        match value {
-            RValue::Identifier(_) | RValue::Literal(_) => Ok(()),
-            RValue::Unary(_, operand) => self.value(operand, scope),
-            RValue::Binary(left, _, right) => {
-                self.value(left, scope)?;
-                self.value(right, scope)
-            }
-            RValue::Tuple(items) | RValue::Array(items) => items.iter().try_for_each(|item| self.value(item, scope)),
-            RValue::Subscript(of, at) => {
-                self.value(of, scope)?;
-                match &**at {
-                    Subscript::Single(at) => self.value(at, scope),
-                    Subscript::Range(from, to) => {
-                        [from, to].into_iter().flatten().try_for_each(|end| self.value(end, scope))
-                    }
-                }
-            }
-            RValue::Comprehension(each) => {
-                each.loop_iters.iter().try_for_each(|(_, over)| self.value(over, scope))?;
-                self.value(&each.yields, scope)
-            }
-            RValue::IfThenElse(choice) => {
-                [&choice.cond, &choice.then, &choice.otherwise].into_iter().try_for_each(|v| self.value(v, scope))
-            }
-            RValue::Invocation(call) => self.call(call, scope),
-        }
-    }
-
-    fn call(&self, call: &Invocation, scope: &Scope) -> Checked {
-        call.arguments.iter().try_for_each(|argument| self.value(&argument.rvalue, scope))?;
-        if let Some(fragment) = self.fragment(&call.id.0)
-            && let Some(body) = &fragment.body
-        {
-            return self.body(body, self.bind(&fragment.decl.parameters, &call.arguments, scope));
-        }
-        let name = call.id.0.as_str();
-        match name {
-            "transpose" => check_axes(self.argument(call, "axes", 1, scope))?,
-            "unsqueeze" => check_rank(self.argument(call, "axes", 1, scope))?,
-            "matmul" => self.matmul(call, scope)?,
-            "tract_moe_ffn" => self.experts(call, scope)?,
-            "tract_core_scan" => self.loop_body(call, scope)?,
-            _ => {}
-        }
-        for (_, argument, at, most) in AMOUNTS.iter().filter(|(operator, ..)| *operator == name) {
-            if let Some(written) = self.argument(call, argument, *at, scope) {
-                check_amount(name, argument, &written, *most)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Of a packed right side only what tract does with it anyway may be asked.
-    fn matmul(&self, call: &Invocation, scope: &Scope) -> Checked {
-        for (at, operand, transposed, needed) in [(0, "A", "transposeA", false), (1, "B", "transposeB", true)] {
-            let given = find(&call.arguments, operand, at);
-            if given.is_some_and(|value| matches!(self.known(value, scope), Some(Known::Packed))) {
-                let asked = self.argument(call, transposed, at + 2, scope);
-                let asked = asked.unwrap_or(RValue::Literal(Literal::Logical(false)));
-                if asked != RValue::Literal(Literal::Logical(needed)) {
-                    return Err(format!("matmul of a packed {operand} needs {transposed} = {needed}"));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn experts(&self, call: &Invocation, scope: &Scope) -> Checked {
-        let packed = |argument: &Argument| matches!(self.known(&argument.rvalue, scope), Some(Known::Packed));
-        let linear = RValue::Literal(Literal::String("linear".to_owned()));
-        if call.arguments.iter().any(packed) && self.argument(call, "expert_layout", usize::MAX, scope) != Some(linear)
-        {
-            return Err("packed experts need expert_layout = \"linear\"".to_owned());
-        }
-        Ok(())
-    }
-
-    /// The fragment that a scan names; what its parameters are given is not followed.
-    fn loop_body(&self, call: &Invocation, scope: &Scope) -> Checked {
-        let Some(RValue::Literal(Literal::String(name))) = self.argument(call, "body", 0, scope) else {
-            return Err("the body of a scan must be a name".to_owned());
-        };
-        match self.fragment(&name).and_then(|fragment| fragment.body.as_ref()) {
-            Some(body) => self.body(body, Scope::new()),
-            None => Err(format!("there is no fragment {name:?} for the body of a scan")),
-        }
-    }
-
-    /// As tract chooses among several of a name.
-    fn fragment(&self, name: &str) -> Option<&FragmentDef> {
-        self.proto.doc.fragments.iter().find(|fragment| fragment.decl.id.0 == name && fragment.body.is_some())
-    }
-
-    fn bind(&self, parameters: &[Parameter], arguments: &[Argument], scope: &Scope) -> Scope {
-        let known = |(at, parameter): (usize, &Parameter)| {
-            let name = &parameter.id.0;
-            let known = match find(arguments, name, at) {
-                Some(value) => self.known(value, scope),
-                None => parameter.lit.clone().map(|literal| Known::Written(RValue::Literal(literal))),
-            };
-            Some((name.clone(), known?))
-        };
-        parameters.iter().enumerate().filter_map(known).collect()
-    }
-
-    /// An argument that is written in the file, directly or as the parameter of a fragment.
-    fn argument(&self, call: &Invocation, name: &str, at: usize, scope: &Scope) -> Option<RValue> {
-        match self.known(find(&call.arguments, name, at)?, scope) {
-            Some(Known::Written(value)) => Some(value),
-            _ => None,
-        }
-    }
-
-    fn known(&self, value: &RValue, scope: &Scope) -> Option<Known> {
-        match value {
-            RValue::Identifier(name) => scope.get(&name.0).cloned(),
-            RValue::Literal(_) => Some(Known::Written(value.clone())),
-            RValue::Unary(sign, operand) if sign == "-" => match (&**operand, self.known(operand, scope)) {
-                (RValue::Literal(_), Some(_)) => Some(Known::Written(value.clone())),
-                _ => None,
-            },
-            RValue::Array(items) | RValue::Tuple(items) => {
-                let written = |item| match self.known(item, scope) {
-                    Some(Known::Written(value)) => Some(value),
-                    _ => None,
-                };
-                items.iter().map(written).collect::<Option<_>>().map(|items| Known::Written(RValue::Array(items)))
-            }
-            RValue::Invocation(call) => self.packed(call, scope).then_some(Known::Packed),
-            _ => None,
-        }
-    }
-
-    /// Whether the result is in blocks: a variable, or one of the operators that only change its shape.
-    fn packed(&self, call: &Invocation, scope: &Scope) -> bool {
-        match call.id.0.as_str() {
-            "variable" => match self.argument(call, "label", 1, scope) {
-                Some(RValue::Literal(Literal::String(label))) => {
-                    [&*label, label.trim_start_matches('/')].iter().any(|label| self.labels.contains(label))
-                }
-                _ => false,
-            },
-            "squeeze" | "unsqueeze" | "reshape" => find(&call.arguments, "input", 0)
-                .is_some_and(|value| matches!(self.known(value, scope), Some(Known::Packed))),
-            _ => false,
-        }
-    }
-}
-
-/// As tract finds arguments: by name, else by place if all before are by place too.
-fn find<'a>(arguments: &'a [Argument], name: &str, at: usize) -> Option<&'a RValue> {
-    let named = arguments.iter().find(|argument| argument.id.as_ref().is_some_and(|id| id.0 == name));
-    let placed = || {
-        let before = arguments.get(..=at)?;
-        before.iter().all(|argument| argument.id.is_none()).then(|| before.last())?
-    };
-    named.or_else(placed).map(|argument| &argument.rvalue)
-}
-
-fn check_axes(axes: Option<RValue>) -> Checked {
-    let axes = axes.and_then(|axes| numbers(&axes)).ok_or("transpose with axes that are not written as numbers")?;
+fn transpose(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
+    let axes = numbers(builder, invocation, "axes")?.context("transpose with axes that are not written as numbers")?;
     let twice = axes.iter().enumerate().find(|&(at, axis)| axes[..at].contains(axis));
-    twice.map_or(Ok(()), |(_, axis)| Err(format!("transpose with axis {axis} twice")))
+    ensure!(twice.is_none(), "transpose with an axis twice: {axes:?}");
+    Ok(())
 }
 
-fn check_rank(axes: Option<RValue>) -> Checked {
-    match axes.and_then(|axes| numbers(&axes)).unwrap_or_default().len() {
-        0..=MAX_RANK => Ok(()),
-        many => Err(format!("unsqueeze with {many} axes")),
+fn unsqueeze(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
+    let many = numbers(builder, invocation, "axes")?.unwrap_or_default().len();
+    ensure!(many <= MAX_RANK, "unsqueeze with {many} axes");
+    Ok(())
+}
+
+/// tract looks for batch and channel in sizes and paddings without a look at how many there are.
+fn window(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
+    let [size, padding] = ["size", "padding"].map(|argument| numbers(builder, invocation, argument));
+    let [axes, pads] = [size?, padding?].map(|written| written.map(|numbers| numbers.len()));
+    let fits = axes.zip(pads).is_some_and(|(axes, pads)| axes > 1 && (pads == 0 || pads == 2 * axes));
+    ensure!(fits, "a window whose size and padding are not written for all axes, batch and channel included");
+    Ok(())
+}
+
+/// tract writes one value into a tensor of the other's type.
+fn one_hot(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
+    let mut types = [None; 2];
+    for (found, argument) in types.iter_mut().zip(["value_off", "value_on"]) {
+        let value = written(invocation, argument).map(|value| value.resolve(builder, &[])).transpose()?;
+        *found = value.and_then(|value| value.to::<Arc<Tensor>>(builder).ok()).map(|value| value.datum_type());
     }
+    ensure!(
+        types[0] == types[1] && types[0].is_some_and(|of| of.is_copy()),
+        "one_hot with values that are not written, or no numbers of one type"
+    );
+    Ok(())
 }
 
-fn check_amount(operator: &str, argument: &str, written: &RValue, most: i64) -> Checked {
-    let asked = numbers(written).unwrap_or_default();
+fn amount(builder: &mut ModelBuilder, invocation: &ResolvedInvocation, argument: &str, most: i64) -> TractResult<()> {
+    let asked = numbers(builder, invocation, argument)?.unwrap_or_default();
     let product = asked.iter().try_fold(1i64, |product, &n| product.checked_mul(n.checked_abs()?.max(1)));
-    match product {
-        Some(product) if product <= most => Ok(()),
-        _ => Err(format!("{operator} with {argument} {asked:?}: more than {most} in all")),
+    ensure!(product.is_some_and(|product| product <= most), "{argument} {asked:?}: more than {most} in all");
+    Ok(())
+}
+
+/// Of a packed side only what tract does with it anyway may be asked. tract puts it first, the right one with the result
+/// transposed.
+fn matmul(builder: &mut ModelBuilder, invocation: &ResolvedInvocation, built: OutletId) -> TractResult<()> {
+    let node = builder.model.node(built.node);
+    let Some(product) = node.op_as::<EinSum>().filter(|_| is_packed(builder, node, 0)) else { return Ok(()) };
+    let rank = builder.model.outlet_fact(node.inputs[0])?.rank();
+    let is_left = [false, true].into_iter().any(|transposed| {
+        AxesMapping::for_numpy_matmul(rank, false, transposed, false).is_ok_and(|axes| axes == product.axes)
+    });
+    let (argument, needed) = if is_left { ("transposeA", false) } else { ("transposeB", true) };
+    let asked =
+        written(invocation, argument).map(|asked| asked.resolve(builder, &[])?.to::<bool>(builder)).transpose()?;
+    ensure!(asked == Some(needed), "matmul of a packed side needs {argument} = {needed}");
+    Ok(())
+}
+
+fn experts(builder: &mut ModelBuilder, invocation: &ResolvedInvocation, built: OutletId) -> TractResult<()> {
+    let node = builder.model.node(built.node);
+    if !(0..node.inputs.len()).any(|at| is_packed(builder, node, at)) {
+        return Ok(());
+    }
+    let layout = written(invocation, "expert_layout").map(|layout| layout.resolve(builder, &[])).transpose()?;
+    ensure!(
+        matches!(layout, Some(Value::String(name)) if name == "linear"),
+        "packed experts need expert_layout = \"linear\""
+    );
+    Ok(())
+}
+
+fn is_packed(builder: &ModelBuilder, node: &TypedNode, at: usize) -> bool {
+    node.inputs.get(at).is_some_and(|&input| builder.model.outlet_fact(input).is_ok_and(TypedFact::is_exotic))
+}
+
+/// An argument of whole numbers, nested ones in a row; None if they are not written, or depend on symbols.
+fn numbers(
+    builder: &mut ModelBuilder,
+    invocation: &ResolvedInvocation,
+    argument: &str,
+) -> TractResult<Option<Vec<i64>>> {
+    let Some(value) = written(invocation, argument) else { return Ok(None) };
+    let value = value.resolve(builder, &[])?;
+    Ok(flat(builder, &value))
+}
+
+/// An argument that can be resolved twice: it applies no operator, which would be built twice.
+fn written<'a>(invocation: &'a ResolvedInvocation, argument: &str) -> Option<Cow<'a, RValue>> {
+    invocation.get_named_arg(argument).filter(|value| is_written(value))
+}
+
+fn is_written(value: &RValue) -> bool {
+    match value {
+        RValue::Identifier(_) | RValue::Literal(_) => true,
+        RValue::Array(items) | RValue::Tuple(items) => items.iter().all(is_written),
+        _ => false,
     }
 }
 
-/// Whole numbers, nested ones in a row; None if there is anything else.
-fn numbers(value: &RValue) -> Option<Vec<i64>> {
-    let join = |items: Vec<Option<Vec<i64>>>| items.into_iter().collect::<Option<Vec<_>>>().map(|all| all.concat());
+fn flat(builder: &mut ModelBuilder, value: &Value) -> Option<Vec<i64>> {
     match value {
-        RValue::Literal(Literal::Numeric(text)) => text.parse().ok().map(|n| vec![n]),
-        RValue::Literal(Literal::Array(items) | Literal::Tuple(items)) => {
-            join(items.iter().map(|item| numbers(&RValue::Literal(item.clone()))).collect())
+        Value::Dim(size) => size.to_i64().ok().map(|n| vec![n]),
+        Value::Array(items) | Value::Tuple(items) => {
+            items.iter().map(|item| flat(builder, item)).collect::<Option<Vec<_>>>().map(|all| all.concat())
         }
-        RValue::Array(items) | RValue::Tuple(items) => join(items.iter().map(numbers).collect()),
-        RValue::Unary(sign, operand) if sign == "-" => numbers(operand).map(|all| all.iter().map(|n| -n).collect()),
-        _ => None,
+        _ => {
+            let tensor = value.to::<Arc<Tensor>>(builder).ok()?;
+            let whole = tensor.cast_to::<i64>().ok()?;
+            Some(whole.try_as_plain_ram().ok()?.as_slice::<i64>().ok()?.to_vec())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tract_transformers::WithTractTransformers;
+
+    use super::*;
+
+    #[test]
+    fn the_tables_name_operators_of_tract() {
+        guard(tract_nnef::nnef().with_tract_transformers());
+        let own = GUARDED.get().unwrap_or_else(|| unreachable!("set by guard"));
+        let named = BEFORE.iter().map(|(name, _)| *name).chain(AFTER.iter().map(|(name, _)| *name));
+        let missing: Vec<_> =
+            named.chain(AMOUNTS.iter().map(|(name, ..)| *name)).filter(|name| !own.contains_key(*name)).collect();
+        assert!(missing.is_empty(), "{missing:?}");
     }
 }

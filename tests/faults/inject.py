@@ -1,6 +1,6 @@
 """Run as a program, with shim.c preloaded: make calls fail while outputs are written, and print what was not whole as JSON.
 
-`SHIM FOLDER MOST`: at most MOST places a kind of output and of fault; 0: all; -1: no faults, only the calls.
+`SHIM FOLDER MOST`: at most MOST places a kind of output and of fault; 0: all.
 """
 
 import ctypes
@@ -63,6 +63,7 @@ FAULTS = (
     Fault("rename", FAIL, errno.EACCES, ever=True),
     Fault("exchange", FAIL, errno.EIO),
     Fault("exchange", FAIL, errno.ENOSYS, ever=True, harmless=True),
+    Fault("lock", FAIL, errno.ENOLCK, ever=True, harmless=True),
     Fault("link", FAIL, errno.EPERM, ever=True, harmless=True),
     Fault("remove", FAIL, errno.EIO),
     Fault("remove", FAIL, errno.EACCES, ever=True),
@@ -136,11 +137,11 @@ class Case:
         shutil.rmtree(self.place, ignore_errors=True)
         shutil.copytree(self.start, self.place)
 
-    def places(self, op: str, most: int) -> list[int]:
-        """Calls to hit, counted from 1."""
+    def places(self, op: str, most: int, turn: int) -> list[int]:
+        """Calls to hit, counted from 1; others at each turn."""
         count = sum(op in ("*", note[0]) for note in self.notes)
         step = max(1, -(-count // most)) if most else 1
-        return list(range((step + 1) // 2, count + 1, step))
+        return list(range(1 + turn * 7 % step, count + 1, step))
 
     def inject(self, fault: Fault, nth: int) -> str | None:
         """What is wrong after it."""
@@ -212,8 +213,8 @@ def main(shim: Shim, base: Path, most: int) -> dict[str, object]:
         for over in (False, True) if kind.rewritten else (False,):
             case = Case(shim, name, kind, over, base / f"{name}{over}")
             traces[case.name] = case.notes
-            for fault in FAULTS if most >= 0 else ():
-                for nth in case.places(fault.op, most):
+            for turn, fault in enumerate(FAULTS):
+                for nth in case.places(fault.op, most, turn):
                     counts[case.name] += 1
                     if problem := case.inject(fault, nth):
                         wrong.append(f"{case.name}, {fault}, call {nth}: {problem}")

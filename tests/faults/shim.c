@@ -9,6 +9,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -115,8 +117,21 @@ ssize_t writev(int file, const struct iovec *parts, int count) {
     return REAL(writev)(file, parts, count);
 }
 
+ssize_t sendfile64(int to, int from, off64_t *at, size_t count) {
+    int how = fate_of_file("write", to);
+    if (how == FAIL) return -1;
+    return REAL(sendfile64)(to, from, at, how == SHORT && count > 1 ? count / 2 : count);
+}
+
+ssize_t copy_file_range(int from, off64_t *at, int to, off64_t *to_at, size_t count, unsigned flags) {
+    int how = fate_of_file("write", to);
+    if (how == FAIL) return -1;
+    return REAL(copy_file_range)(from, at, to, to_at, how == SHORT && count > 1 ? count / 2 : count, flags);
+}
+
 int fsync(int file) { return fate_of_file("fsync", file) == FAIL ? -1 : REAL(fsync)(file); }
 int fdatasync(int file) { return fate_of_file("fsync", file) == FAIL ? -1 : REAL(fdatasync)(file); }
+int flock(int file, int how) { return fate_of_file("lock", file) == FAIL ? -1 : REAL(flock)(file, how); }
 int mkdir(const char *path, mode_t mode) {
     if (!access(path, F_OK)) return REAL(mkdir)(path, mode); /* nothing is made */
     return fate_of_path("mkdir", AT_FDCWD, path) == FAIL ? -1 : REAL(mkdir)(path, mode);

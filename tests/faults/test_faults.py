@@ -54,8 +54,21 @@ def memory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def few(shim, memory):
-    return injected(shim, memory / "few", 2)
+def strace(tmp_path_factory):
+    """The command before another, and the file it writes; none where processes may not be looked at."""
+    trace = tmp_path_factory.mktemp("strace") / "trace"
+    command = ["strace", "-f", "-y", "-s", "0", "--seccomp-bpf", "-o", trace, "-e"]
+    traced = "trace=openat,write,pwrite64,writev,fsync,fdatasync,/^mkdir,/^rename,/^link,/^unlink,rmdir"
+    try:
+        works = subprocess.run([*command, traced, "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        works = False
+    return ([*command, traced], trace) if works else ([], None)
+
+
+@pytest.fixture(scope="module")
+def few(shim, memory, strace):
+    return injected(shim, memory / "few", 1, *strace[0])
 
 
 @needs_shim
@@ -84,17 +97,12 @@ def test_no_power_loss_takes_what_was_whole(few):
 
 
 @needs_shim
-@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace, which shows the calls the system gets")
-def test_the_system_gets_the_calls_in_that_order(shim, tmp_path):
-    trace = tmp_path / "trace"
-    strace = ["strace", "-f", "-y", "-s", "0", "--seccomp-bpf", "-o", trace, "-e"]
-    traced = "trace=openat,write,pwrite64,writev,fsync,fdatasync,/^mkdir,/^rename,/^link,/^unlink,rmdir"
-    if subprocess.run(["strace", "-o", trace, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("strace may not look at processes here")
-    noted = injected(shim, tmp_path / "out", -1, *strace, traced)["traces"]
-    seen = list(calls(trace.read_text(errors="replace").splitlines(), str(tmp_path / "out")))
+def test_the_system_gets_the_calls_in_that_order(few, memory, strace):
+    if strace[1] is None:
+        pytest.skip("no strace that may look at processes: it shows the calls the system gets")
+    seen = list(calls(strace[1].read_text(errors="replace").splitlines(), str(memory / "few")))
     marks = [at for at, (kind, path, _) in enumerate(seen) if kind == "mkdir" and Path(path).name in ("begin", "end")]
-    for (name, notes), begin, end in zip(noted.items(), marks[::2], marks[1::2], strict=True):
+    for (name, notes), begin, end in zip(few["traces"].items(), marks[::2], marks[1::2], strict=True):
         there = [call for call in seen[begin + 1 : end] if "/place" in call[1]]
         assert problems(there) == [], name
         assert [path for kind, path, _ in there if kind == "fsync"] == [n[1] for n in notes if n[0] == "fsync"], name
@@ -225,6 +233,22 @@ with Staging({str(tmp_path)!r}):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_the_end_of_a_fork_takes_nothing_from_its_parent(tmp_path):
+    code = f"""
+import os, sys
+from pathlib import Path
+from torch_to_nnef import files
+with files.staged(Path({str(tmp_path / "out")!r})) as beside:
+    beside.write_text("whole")
+    if os.fork() == 0:
+        sys.exit()
+    assert os.wait()[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+
+
 def test_too_little_space_is_said_before_the_first_byte(tmp_path, monkeypatch):
     import torch
 
@@ -274,13 +298,35 @@ with outcome(verbose=False), files.staged(Path({str(tmp_path / "a/b/out")!r})) a
     assert list(tmp_path.iterdir()) == []
 
 
+def test_outputs_of_a_run_are_written_beside_their_place(tmp_path, monkeypatch):
+    from torch_to_nnef import isolated
+    from torch_to_nnef.cli.archives import run
+
+    def save(path, arrays):
+        assert path.parent.name.startswith(".t2n-unfinished-")  # which a later run sweeps
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(isolated, "run", lambda *_, **__: {})
+    monkeypatch.setattr(isolated, "save_arrays", save)
+    (tmp_path / "y.npz").write_text("old")
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "m.nnef.tar", tmp_path / "x.npz", tmp_path / "y.npz", force=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
 def test_the_command_for_language_models_leaves_nothing_when_it_is_ended(tmp_path, name):
     paths = os.pathsep.join([*sys.path, str(HERE.parent / "llm")])
     make = "import sys; from pathlib import Path; from tiny import tiny_llama; tiny_llama(Path(sys.argv[1]))"
-    command = "import sys; from torch_to_nnef.cli import t2n_export_llm_to_tract; sys.exit(t2n_export_llm_to_tract())"
+    command = """
+import signal, sys
+from torch_to_nnef.cli import t2n_export_llm_to_tract
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
+sys.exit(t2n_export_llm_to_tract())
+"""
     environment = {**os.environ, "PYTHONPATH": paths}
     subprocess.run([sys.executable, "-c", make, tmp_path / "tiny"], env=environment, check=True)
     command = [sys.executable, "-c", command, "-d", tmp_path / "tiny", "-e", tmp_path / "new/out", "-c", "min_max_q4_0"]

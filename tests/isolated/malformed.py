@@ -196,13 +196,13 @@ HUGE = {
     "pad(x, [({}, {}), (0, 0)])": (1 << 17, 1 << 25),
     "tract_core_broadcast(x, shape = [{}, 4, 32])": (1 << 32, 1 << 62),
     "tract_core_range(0, {}, 1)": (1 << 32, 1 << 62),
+    "tract_core_range(-{}, 0, 1)": (1 << 32, 1 << 62),
     "nearest_upsample(unsqueeze(x, axes = [0]), factor = [{}])": (1 << 17, 1 << 40),
     "multilinear_upsample(unsqueeze(x, axes = [0]), factor = [{}])": (1 << 17, 1 << 40),
     "max_pool(unsqueeze(x, axes = [0]), size = [1, 1, {}])": (1 << 23, 1 << 40),
     "avg_pool(unsqueeze(x, axes = [0]), size = [1, 1, {}])": (1 << 23, 1 << 40),
     "box(unsqueeze(x, axes = [0]), size = [1, 1, {}])": (1 << 23, 1 << 40),
     "box(unsqueeze(x, axes = [0]), size = [1, 1, 1], padding = [(0, 0), (0, 0), ({}, 0)])": (1 << 32, 1 << 62),
-    "copy_n(x, times = {})": (1 << 17, 1 << 40),
 }
 
 
@@ -254,6 +254,34 @@ def graphs(most: int) -> Iterator[Case]:
         yield f"{depth} ( in an assertion", text("y = x;", head=HEAD + assertion)
         product = f"extension tract_symbol S;\nextension tract_assert {'*'.join(['(S+1)'] * depth)} >= 0;\n"
         yield f"{depth} factors in an assertion", text("y = x;", head=HEAD + product)
+
+
+def operands() -> Iterator[Case]:
+    """What tract takes for granted of arguments: axes of batch and channel, values of one type, a rank within reason."""
+    for pool in ("max_pool", "avg_pool", "box", "rms_pool", "max_pool_with_index", "local_mean_normalization"):
+        for operand, size in (
+            ("1.0", []),
+            ("sum_reduce(x)[0]", []),
+            ("squeeze(slice(x, axes = [0], begin = [0], end = [1]), axes = [0])", [1]),
+        ):
+            yield f"{pool} of too few axes in {operand}", text(f"[y] = {pool}({operand}, size = {size});")
+    for padding in (
+        "[(0, 0)]",
+        "[(0, 0), (0, 0)]",
+        "[(0, 0)] * 3",
+        "0",
+        "[(0, 0), (0, 0), (0, 0), (0, 0)]",
+        "[0, 0, 0]",
+    ):
+        yield (
+            f"a window of 3 axes with padding {padding}",
+            text(f"y = max_pool(unsqueeze(x, axes = [0]), size = [1, 1, 2], padding = {padding});"),
+        )
+    for off, on in (("0.0", "true"), ("0", "1.0"), ("'a'", "false"), ("'a'", "'b'"), ("x", "1.0")):
+        yield (
+            f"one_hot of {off} and {on}",
+            text(f"y = tract_core_one_hot(x, 0, dim = 4, value_off = {off}, value_on = {on});"),
+        )
     for axes in (65, 1_000, 5_000):
         yield f"unsqueeze {axes} times", text(f"y = unsqueeze(x, axes = {[0] * axes});")
 
@@ -272,7 +300,9 @@ MISUSES = [
     "select(x > 0.0, w, w)", 'tract_core_gather(w, tract_core_cast(x, to = "i64"), axis = 1, datum_type = "f32")',
     "deconv(unsqueeze(x, axes = [0]), unsqueeze(w, axes = [2]))", "conv(unsqueeze(w, axes = [0]), unsqueeze(w, axes = [2]))",
     "max_reduce(w, axes = [0])", "rsqr(w)", "squeeze(transpose(unsqueeze(w, axes = [0]), axes = [0, 2, 1]), axes = [0])",
-    "tract_core_rms_norm(w, axis = 1)", "max_pool(unsqueeze(w, axes = [0]), size = [1, 1, 2])",
+    *[f"matmul(x, {same})" for same in ("copy(w)", "[w, x][0]", "(x, w)[1]", "transpose(w, axes = [0, 1])", "tile(w, repeats = [1, 1])",
+                                        "slice(w, axes = [0], begin = [0], end = [32])", "concat([w], axis = 0)")],
+    "matmul(x, w, transposeB = copy(true))", "tract_core_rms_norm(w, axis = 1)", "max_pool(unsqueeze(w, axes = [0]), size = [1, 1, 2])",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+import zipfile
 
 import malformed
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from torch_to_nnef import _native, export_tensors_from_disk_to_nnef, export_tensors_to_nnef
 from torch_to_nnef.compress import dynamic_load_registry
 from torch_to_nnef.exceptions import T2NError, T2NErrorInconsistentTensor, T2NErrorInvalidArgument
+from torch_to_nnef.isolated import load_arrays, save_arrays
+from torch_to_nnef.tensor.checkpoint import checkpoint_tensors, weight_map
 from torch_to_nnef.tensor.offload import offloaded_safetensors
 from torch_to_nnef.tensor.quant import fp_to_tract_q4_0_with_min_max_calibration, load_safetensors, save_safetensors
 
@@ -153,15 +156,46 @@ def test_a_config_of_a_language_model(tmp_path):
     for content in ("", "{", "[]", "null", "3", '"a"', '{"model_type": 3}', '{"model_type": null}', '{"model_type": "../../etc"}',
                     "{" * 10_000, "[" * 100_000,
                     '{"model_type": "no_such"}', '{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}',
-                    '{"model_type": "llama", "hidden_size": "x"}'):  # fmt: skip
+                    '{"model_type": "llama", "hidden_size": "x"}', '{"model_type": "llama", "num_hidden_layers": 1000000000}',
+                    '{"model_type": "llama", "num_labels": 1e18}', '{"model_type": "gpt2", "n_layer": 9223372036854775807}'):  # fmt: skip
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(T2NError):
             Checkpoint.find(LlmOptions(export_dirpath=tmp_path / "out", local_dir=tmp_path))
 
 
-def test_arrays_are_written_under_any_name(tmp_path):
-    from torch_to_nnef.isolated import load_arrays, save_arrays
+@pytest.mark.parametrize("name", ["..", "", ".", "../w", "/etc/passwd", "a/b", "a\0b", "\ud800", 3, None, ["a"]])
+def test_an_index_of_shards_stays_in_its_folder(tmp_path, name):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": name}}))
+    for read in (weight_map, lambda path: checkpoint_tensors(path.parent)):
+        with pytest.raises(T2NErrorInconsistentTensor, match=r"index\.json"):
+            read(index)
 
+
+@pytest.mark.parametrize("base", [3, True, None, "", [], {}, 1e400, "a" * 5000])
+def test_the_base_of_an_adapter(tmp_path, base):
+    pytest.importorskip("transformers")
+    from torch_to_nnef.llm_tract.checkpoint import Checkpoint
+    from torch_to_nnef.llm_tract.options import LlmOptions
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(safetensors({}, b""))
+    with pytest.raises(T2NError):
+        Checkpoint.find(LlmOptions(export_dirpath=tmp_path / "out", local_dir=tmp_path, merge_peft=True))
+
+
+@pytest.mark.parametrize("header", [
+    "", "{", "(" * 300, "[" * 9000, "{'descr': '<f4', (", "{'descr': 'O', 'fortran_order': False, 'shape': (1,)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}", "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}",
+])  # fmt: skip
+def test_headers_of_arrays(tmp_path, header):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(64))
+    with pytest.raises(T2NErrorInvalidArgument):
+        load_arrays(tmp_path / "x.npz")
+
+
+def test_arrays_are_written_under_any_name(tmp_path):
     arrays = {name: np.arange(3) for name in ("file", "allow_pickle", "../x", "/x", "a\nb", "é", "x.npy", "args")}
     save_arrays(tmp_path / "x.npz", arrays)
     loaded = load_arrays(tmp_path / "x.npz")

@@ -1,6 +1,8 @@
 """The folder of an export: what lies where, what `modes.json` and the properties say, and how it takes its place."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
 from torch_to_nnef.inference_target import TractNNEF
 from torch_to_nnef.llm_tract.causal import Signature, as_step
 from torch_to_nnef.llm_tract.checkpoint import Checkpoint
@@ -194,6 +196,22 @@ def test_an_export_that_fails_leaves_what_was_there(earlier):
         fail(options(earlier, ignore_already_exist_dir=True), RuntimeError)
     assert {name: (earlier / name).read_bytes() for name in files(earlier)} == before
     assert names(earlier.parent) == ["out"]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_not_lost(earlier, monkeypatch):
+    look = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "mine":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    how = options(earlier, ignore_already_exist_dir=True)
+    with pytest.raises(T2NErrorRuntime, match="cannot write"), replaced_folder(how) as layout:
+        fill(layout)
+    monkeypatch.undo()
+    assert files(earlier) == DEEP | MINE
 
 
 def test_a_link_to_a_folder_stays_one(earlier):

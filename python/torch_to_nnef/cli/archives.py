@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +14,14 @@ from typer import Argument, Option
 
 from torch_to_nnef.cli.arguments import archive_in
 from torch_to_nnef.cli.arguments import sizes as symbols
-from torch_to_nnef.cli.outcome import Outcome, outcome
+from torch_to_nnef.cli.outcome import Outcome, outcome, printable
 from torch_to_nnef.exceptions import (
     T2NError,
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
-    T2NErrorRuntime,
     T2NErrorTract,
 )
+from torch_to_nnef.files import staged, writing
 from torch_to_nnef.inference_target import TractCheckTolerance
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ _Archive = Annotated[
 ]
 _Memory = Annotated[
     int | None,
-    Option(min=1, metavar="MIB", help="Address space of the child; none: 4096, and four times what FILE takes."),
+    Option(min=1, metavar="MIB", help="Address space of the child; none: 4096, and four times the size of FILE."),
 ]
 _Seconds = Annotated[float, Option(min=0.1, help="Wall time of the child.")]
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -74,7 +73,7 @@ def verify(
                     limits=_limits(memory, seconds),
                 )
         except (T2NErrorTract, T2NErrorInconsistentTensor) as error:
-            print(f"verification failed: {error}", file=sys.stderr)
+            print(printable(f"verification failed: {error}"), file=sys.stderr)
             raise SystemExit(Outcome.NEGATIVE) from None
         print(json.dumps(found, allow_nan=False) if as_json else _verified(found))
     if not found["ok"]:
@@ -95,16 +94,18 @@ def run(
     with outcome(verbose), _errors_as_json(as_json):
         from torch_to_nnef import isolated
 
-        if outputs.exists() and not force:
+        if os.path.lexists(outputs) and not force:
             raise T2NErrorInvalidArgument(f"{str(outputs)!r} exists (--force replaces it)")
+        if not outputs.parent.is_dir():
+            raise T2NErrorInvalidArgument(f"cannot write {str(outputs)!r}: there is no such folder")
         arrays = isolated.run(archive_in(archive), inputs, limits=_limits(memory, seconds))
-        with _replaced(outputs) as sibling:
-            isolated.save_arrays(sibling, arrays)
+        with staged(outputs) as beside, writing(outputs):
+            isolated.save_arrays(beside, arrays)
         facts = [{"name": n, "dtype": a.dtype.name, "shape": list(a.shape)} for n, a in arrays.items()]
         if as_json:
             print(json.dumps({"ok": True, "path": str(outputs), "outputs": facts}))
         else:
-            print("\n".join(_fact(fact) for fact in facts))
+            print(printable("\n".join(_fact(fact) for fact in facts)))
 
 
 def inspect(
@@ -133,23 +134,6 @@ def _errors_as_json(wanted: bool) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A sibling to write to, that takes the place of `path` once all is well."""
-    from torch_to_nnef import _native
-
-    sibling = path.with_name(f".t2n-{secrets.token_hex(4)}")
-    try:
-        yield sibling
-        with sibling.open("rb") as file:
-            os.fsync(file.fileno())
-        _native.put_in_place(sibling, path)
-    except OSError as error:
-        raise T2NErrorRuntime(f"cannot write {str(path)!r}: {error}") from error
-    finally:
-        sibling.unlink(missing_ok=True)
-
-
 def _limits(memory: int | None, seconds: float) -> Limits:
     from torch_to_nnef.isolated import Limits
 
@@ -163,7 +147,7 @@ def _verified(found: dict[str, Any]) -> str:
     zeros = {fact["name"] for fact in found["inputs"]} - set(found["given"])
     lines += [f"  input  {_fact(fact)}{', zeros' if fact['name'] in zeros else ''}" for fact in found["inputs"]]
     lines += [f"  output {_fact(fact)}{_expected(fact, found['tolerance'])}" for fact in found["outputs"]]
-    return _printable("\n".join(lines))
+    return printable("\n".join(lines))
 
 
 def _expected(fact: dict[str, Any], tolerance: str) -> str:
@@ -185,14 +169,9 @@ def _inspected(found: dict[str, Any]) -> str:
     if bits is not None:
         lines.append(f"  {weights['elements']} weights, {bits:.2f} bits each")
     lines += [f"  {_fact(entry)}, {entry['bytes']} bytes" for entry in found["entries"]]
-    return _printable("\n".join(lines))
+    return printable("\n".join(lines))
 
 
 def _fact(fact: dict[str, Any]) -> str:
     shape = "" if fact["shape"] is None else f"[{', '.join(map(str, fact['shape']))}]"
     return f"{fact['name']}: {fact['dtype']}{shape}" if fact["dtype"] else fact["name"]
-
-
-def _printable(text: str) -> str:
-    """Names come from the archive, and must not speak to the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+_DIGITS = 18  # of a size
 _IN_LLM_FOLDERS = ("model/model.nnef.tgz", "model.nnef.tgz")
 
 
@@ -20,12 +22,17 @@ def archive_in(path: Path) -> Path:
 
 def inside(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of `names` that is a file in `folder`."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    # Not Path.is_file, which raises for some names.
+    return next((folder / name for name in names if os.path.isfile(folder / name)), None)  # noqa: PTH113
 
 
 def sizes(texts: Sequence[str]) -> dict[str, int]:
     """Of symbols, from `SYMBOL=N`. Raises `T2NErrorInvalidArgument`."""
     pairs = [text.partition("=")[::2] for text in texts]
-    if wrong := [text for text, (name, count) in zip(texts, pairs, strict=True) if not name or not count.isdecimal()]:
+    if wrong := [
+        text
+        for text, (name, count) in zip(texts, pairs, strict=True)
+        if not name or not count.isdecimal() or len(count) > _DIGITS
+    ]:
         raise T2NErrorInvalidArgument(f"--size {wrong[0]}: expected SYMBOL=N")
     return {name: int(count) for name, count in pairs}

@@ -84,8 +84,13 @@ def _terminated_tidily() -> Iterator[None]:
 def _exit(message: str, code: int, with_traceback: bool) -> NoReturn:
     if with_traceback:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     sys.exit(code)
+
+
+def printable(text: str) -> str:
+    """`text`, in which names come from files: they must not speak to the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @contextmanager

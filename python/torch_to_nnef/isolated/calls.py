@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,6 @@ def inspect(archive: str | PathLike[str], *, limits: Limits = _DEFAULT) -> dict[
 
 def _found(archive: str | PathLike[str]) -> Path:
     path = Path(archive).absolute()
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110  # unlike Path.exists, it has an answer for any name
         raise T2NErrorNotFoundFile(f"no archive at {str(archive)!r}")
     return path

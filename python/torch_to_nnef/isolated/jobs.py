@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorTract
 from torch_to_nnef.inference_target import TractCheckTolerance
 from torch_to_nnef.isolated.arrays import load_arrays, save_arrays
 from torch_to_nnef.isolated.describe import describe
@@ -39,7 +39,12 @@ def verify(folder: Path, archive: Path, npz: Sequence[str], sizes: Mapping[str, 
     _stage(folder, "running it")
     inputs = {fact.name: given[fact.name] if fact.name in given else _zeros(fact, sizes) for fact in model.inputs}
     began = time.perf_counter()
-    outputs = model.run(**inputs)
+    try:
+        outputs = model.run(**inputs)
+    except T2NErrorTract as error:
+        if zeros := [name for name in inputs if name not in given]:
+            raise T2NErrorTract(f"{error}; {', '.join(zeros)} were zeros (--npz gives others)") from error
+        raise
     took = time.perf_counter() - began
     compared = {n: _compare(array, outputs[n], TractCheckTolerance(tolerance)) for n, array in wanted.items()}
     return {

@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch_to_nnef import exceptions
 from torch_to_nnef._native import Staging
-from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorTractCrash, T2NErrorTractLimit
+from torch_to_nnef.exceptions import (
+    T2NError,
+    T2NErrorInvalidArgument,
+    T2NErrorRuntime,
+    T2NErrorTractCrash,
+    T2NErrorTractLimit,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MIB = 1 << 20
+_MOST_MIB = 1 << 40  # what `setrlimit` can tell, and more than any machine has
 _ANSWER_BYTES = 64 * MIB
 _STDERR_BYTES = 2000  # that are looked at
 # It imports what this process would, from the same folders, but never from the current one.
@@ -31,14 +38,14 @@ _PACKAGE_FOLDER = str(Path(__file__).parents[2])
 # Threads of numpy's libraries reserve address space for each core.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
 # How running out of memory is told.
-NO_MEMORY = ("memory allocation of", "failed to allocate", "MemoryError", "cannot start a thread")
+NO_MEMORY = ("memory allocation of", "failed to allocate", "Unable to allocate", "MemoryError", "cannot start a thread")
 
 
 @dataclass(frozen=True)
 class Limits:
     """What the child may use; systems without `setrlimit` (Windows) know only the limit of time.
 
-    memory: MiB of address space, of a file it writes too; None: 4096, and four times what the archive takes on disk.
+    memory: MiB of address space, of a file it writes too; None: 4096, and four times the size of the archive.
     seconds: of wall time, from the start of the process.
     """
 
@@ -46,9 +53,9 @@ class Limits:
     seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        if not (self.memory is None or self.memory > 0) or not 0 < self.seconds < 1e7:
+        if not (self.memory is None or 0 < self.memory < _MOST_MIB) or not 0 < self.seconds < 1e7:
             raise T2NErrorInvalidArgument(
-                f"limits of memory and seconds are above 0 (and of seconds below 1e7), not {self}"
+                f"limits are above 0, of memory below {_MOST_MIB} MiB, of seconds below 1e7; not {self}"
             )
 
     def bytes_for(self, archive: Path) -> int:
@@ -56,14 +63,21 @@ class Limits:
         if self.memory is not None:
             return self.memory * MIB
         files = archive.rglob("*") if archive.is_dir() else [archive]
-        return 4096 * MIB + 4 * sum(file.stat().st_size for file in files if file.is_file())
+        size = 4096 * MIB + 4 * sum(file.stat().st_size for file in files if file.is_file())
+        return min(size, _MOST_MIB * MIB)  # a sparse file may claim more
 
 
 @contextmanager
 def working_folder() -> Iterator[Path]:
-    """A folder for what the child is given and what it gives; those of processes that were killed go."""
-    with Staging(Path(tempfile.gettempdir())) as folder:
-        yield Path(folder)
+    """A folder for what the child is given and what it gives; those of processes that were killed go.
+
+    Raises `T2NErrorRuntime` if the system has no place for it, or for a child.
+    """
+    try:
+        with Staging(Path(tempfile.gettempdir())) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise T2NErrorRuntime(f"no process for tract: {error}") from error
 
 
 def ask(job: str, folder: Path, archive: Path, limits: Limits, **details: Any) -> Any:
@@ -117,13 +131,15 @@ def _ended(folder: Path, archive: Path, code: int, memory: int) -> T2NError:
     """Of a child without an answer."""
     with (folder / "stderr").open("rb") as file:
         said = file.read(_STDERR_BYTES).decode(errors="replace")
-    where, first = f"{archive}: {_stage(folder)}", said.strip().partition("\n")[0]
-    if no_memory := next((line for line in said.splitlines() if any(text in line for text in NO_MEMORY)), None):
+    lines = said.strip().splitlines() or [""]
+    told = lines[-1 if lines[0].startswith("Traceback") else 0]
+    where = f"{archive}: {_stage(folder)}"
+    if no_memory := next((line for line in lines if any(text in line for text in NO_MEMORY)), None):
         return T2NErrorTractLimit(f"{where}: {no_memory}; that is more than the {memory // MIB} MiB allowed (--memory)")
     if code == -getattr(signal, "SIGXCPU", 0):
         return T2NErrorTractLimit(f"{where} took more time than allowed (--seconds)")
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return T2NErrorTractCrash(f"{where} ended its process with {how}{f': {first}' if first else ''}")
+    return T2NErrorTractCrash(f"{where} ended its process with {how}{f': {told}' if told else ''}")
 
 
 def _stage(folder: Path) -> str:

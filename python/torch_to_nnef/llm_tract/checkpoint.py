@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch_to_nnef.llm_tract.options import LlmOptions
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_COUNTS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_labels"}
+_MOST = 1 << 16
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -268,11 +270,12 @@ def _base_of(adapter: Path) -> tuple[str, bool]:
     """The base model an adapter names, and whether that is a slug; a folder may be relative to the adapter's."""
     with _told(f"read {hub.ADAPTER_CONFIG}"):
         base = json.loads((adapter / hub.ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
-    if not base:
+        known = isinstance(base, str) and base != ""
+        folder = next((path for path in (Path(base), adapter / base) if path.is_dir()), None) if known else None
+    if not known:
         raise T2NErrorInvalidArgument(
             f"the adapter {adapter.name} does not name its base model: pass the base by -s or -d, and the adapter by -mp"
         )
-    folder = next((path for path in (Path(base), adapter / base) if path.is_dir()), None)
     return (base, True) if folder is None else (str(folder), False)
 
 
@@ -286,6 +289,8 @@ def _config(place: _Place, trust_remote_code: bool) -> tuple[PreTrainedConfig, s
             hint = "; t2n quantize-shards has not finished it: run it again"
         raise T2NErrorNotFoundFile(f"{place.name} has no config.json and is no GGUF file{hint}")
     with _told(f"read the config of {place.name}"):
+        if place.gguf is None:
+            json.loads((place.folder / "config.json").read_bytes(), object_pairs_hook=_countable)
         config = AutoConfig.from_pretrained(place.folder, **_source(place.gguf, trust_remote_code))
     packed = take_mark(config)
     if (quantized := getattr(config, "quantization_config", None)) is not None and place.gguf is None:
@@ -294,6 +299,14 @@ def _config(place: _Place, trust_remote_code: bool) -> tuple[PreTrainedConfig, s
             f"the weights of {place.name} are quantized already ({how}): name the checkpoint in float"
         )
     return config, packed
+
+
+def _countable(pairs: list[tuple[str, Any]]) -> None:
+    """Raise `T2NErrorInvalidArgument` for an object of a config that would have transformers make objects without end."""
+    if wrong := [
+        f"{name} = {n:g}" for name, n in pairs if name in _COUNTS and isinstance(n, int | float) and n > _MOST
+    ]:
+        raise T2NErrorInvalidArgument(f"config.json: {', '.join(wrong)}, more than {_MOST}")
 
 
 def _source(gguf: str | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -297,7 +297,7 @@ def _check_place(path: Path, may_replace: bool) -> None:
 
 def _keep_others(path: Path, layout: Layout) -> None:
     """Link what is in `path` and is not of an export into the new folder."""
-    for root, folders, files in os.walk(path):
+    for root, folders, files in os.walk(path, onerror=_raised):
         here = Path(root).relative_to(path)
         links = [name for name in folders if (Path(root) / name).is_symlink()]
         for name in folders:
@@ -306,6 +306,12 @@ def _keep_others(path: Path, layout: Layout) -> None:
         for name in (*files, *links):
             if not _is_ours(here / name):
                 _link(Path(root) / name, layout.folder / here / name)
+
+
+def _raised(error: OSError) -> None:
+    """A folder that cannot be looked into might hold what must stay; one that is not there does not."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _link(old: Path, new: Path) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from torch_to_nnef._native import ArchiveWriter, Staging
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
-from torch_to_nnef.files import require_space
+from torch_to_nnef.files import require_space, writing
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.text import graph_text, quant_text
 from torch_to_nnef.op.dtypes import tract_dtype
@@ -37,6 +37,28 @@ def target_path(path: str | Path, compression_level: int | None) -> tuple[Path, 
         return path, "folder"
     form = "tgz" if compression_level else "tar"
     return path.with_name(f"{path.name}.{form}"), form
+
+
+def check_replaceable(path: Path, form: str) -> None:
+    """Raise `T2NErrorInvalidArgument` where an archive cannot take the place of what is at `path`, or files of others would go with it.
+
+    A path the system does not take is a `T2NErrorRuntime`.
+    """
+    with writing(path):
+        if form != "folder":
+            if path.is_dir():
+                raise T2NErrorInvalidArgument(f"{path} exists and is not a file")
+            return
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise T2NErrorInvalidArgument(f"{path} exists and is not a folder")
+        others = (p for p in path.rglob("*") if not (p.is_dir() or p.suffix == ".dat" or p.name in _TEXTS))
+        if other := next(others, None):
+            raise T2NErrorInvalidArgument(
+                f"{path} is not replaced, it holds more than an archive ({other.relative_to(path)}): move it away, or name another folder"
+            )
+
+
+_TEXTS = ("graph.nnef", "graph.quant")
 
 
 def write_archive(

@@ -33,11 +33,13 @@ def weight_map(index: Path) -> dict[str, str]:
     """
     try:
         files: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        outside = [name for name in files.values() if Path(name).name != name]
+        outside = [
+            name for name in files.values() if Path(name).name != name or name in ("", "..") or not name.isprintable()
+        ]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise T2NErrorInconsistentTensor(f"{index} is no index of shards: {type(error).__name__}: {error}") from error
     if outside:
-        raise T2NErrorInconsistentTensor(f"{index} names files outside of its folder: {few(outside)}")
+        raise T2NErrorInconsistentTensor(f"{index} names files outside of its folder: {few(outside)!r}")
     return files
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torch_to_nnef.exceptions import T2NError, T2NErrorRuntime
+from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument
 from torch_to_nnef.files import staged, writing
+from torch_to_nnef.isolated import save_arrays
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.tract_model import TractModel
 from torch_to_nnef.verify.compare import as_array
@@ -29,16 +30,19 @@ def write_bundle(
 ) -> None:
     """Make `folder` of the archive, `error.txt`, and per input set `inputs_i.npz`, `torch_i.npz`, `tract_i.npz` (if tract runs).
 
-    An earlier bundle is replaced; where there is something else, or the system refuses, a warning says so.
+    An earlier bundle is replaced; where there is something else, or the system refuses, a warning says so: `error` is what counts.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "error.txt").exists():
-        LOGGER.warning("no debug bundle: other files are in %s", folder)
-        return
     try:
-        with writing(folder), staged(folder) as beside:
-            _fill(beside, archive, input_names, sets, reference, error)
-    except T2NErrorRuntime as failure:
+        with writing(folder):
+            if folder.is_dir() and not all(_PART.fullmatch(part.name) for part in folder.iterdir()):
+                raise T2NErrorInvalidArgument(f"other files are in {folder}")
+            with staged(folder) as beside:
+                _fill(beside, archive, input_names, sets, reference, error)
+    except T2NError as failure:
         LOGGER.warning("no debug bundle: %s", failure)
+
+
+_PART = re.compile(r"error\.txt|(inputs|torch|tract)_\d+\.npz|.+\.nnef(\.tar|\.tgz)?")
 
 
 def _fill(
@@ -58,18 +62,14 @@ def _fill(
     }
     for index, inputs in enumerate(sets):
         arrays = [as_array(tensor) for tensor in inputs.tensors]
-        _save(folder / f"inputs_{index}.npz", dict(zip(input_names, arrays, strict=True)))
+        save_arrays(folder / f"inputs_{index}.npz", dict(zip(input_names, arrays, strict=True)))
         for side, run in sides.items():
             outcome = _outcome(run, inputs)
             if isinstance(outcome, Exception):
                 report.append(f"no {side}_{index}.npz: {type(outcome).__name__}: {outcome}")
             else:
-                _save(folder / f"{side}_{index}.npz", outcome)
+                save_arrays(folder / f"{side}_{index}.npz", outcome)
     (folder / "error.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
-
-
-def _save(file: Path, arrays: dict[str, Any]) -> None:
-    np.savez(file, **arrays)
 
 
 def _outcome(

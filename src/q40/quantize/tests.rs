@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::q40::simd::Scalar;
 use crate::q40::simd::samples::{any_float, group};
-use crate::q40::{dequantize, join, split, squared_error};
+use crate::q40::{self, dequantize, join, split};
 
 const ENCODERS: [Encoder; 5] = [
     Encoder::SignedExtreme,
@@ -173,7 +173,7 @@ fn a_raised_flag_stops_the_work() {
         quantize(data, FloatType::F32, Encoder::AbsMax, "w", codes, scales, stop),
         quantize_with_scales(data, FloatType::F32, "w", scales, codes, stop),
         dequantize(codes, scales, FloatType::F32, data, stop),
-        squared_error(codes, scales, FloatType::F32, data, FloatType::F32, stop).map(drop),
+        q40::squared_error(codes, scales, FloatType::F32, data, FloatType::F32, stop).map(drop),
         join(codes, scales, blocks, stop),
         split(blocks, codes, scales, stop),
     ];
