@@ -43,20 +43,20 @@ pub fn quantize_weighted(
     }
     let groups = width / GROUP_SIZE;
     let planes = codes.par_chunks_mut(groups * CODE_BYTES).zip(scales.par_chunks_mut(groups * SCALE_BYTES));
-    let encode = |(row, (x, (codes, scales)))| {
-        let first = row / (rows / kinds) * width;
-        let inputs = x.chunks(TILE).zip(importance[first..first + width].chunks(TILE));
-        let outputs =
-            codes.chunks_mut(TILE / GROUP_SIZE * CODE_BYTES).zip(scales.chunks_mut(TILE / GROUP_SIZE * SCALE_BYTES));
-        inputs.zip(outputs).try_for_each(|((x, importance), (codes, scales))| {
-            alive(stop)?;
-            dispatch(Part { x, importance, codes, scales });
-            Ok(())
-        })
-    };
     pool::install(|| {
         check_range(data, name, stop)?;
-        data.par_chunks(width).zip(planes).enumerate().try_for_each(encode)
+        data.par_chunks(width).zip(planes).enumerate().try_for_each(|(row, (x, (codes, scales)))| {
+            let first = row / (rows / kinds) * width;
+            let inputs = x.chunks(TILE).zip(importance[first..first + width].chunks(TILE));
+            let outputs = codes
+                .chunks_mut(TILE / GROUP_SIZE * CODE_BYTES)
+                .zip(scales.chunks_mut(TILE / GROUP_SIZE * SCALE_BYTES));
+            inputs.zip(outputs).try_for_each(|((x, importance), (codes, scales))| {
+                alive(stop)?;
+                dispatch(Part { x, importance, codes, scales });
+                Ok(())
+            })
+        })
     })
 }
 
