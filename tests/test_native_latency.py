@@ -101,6 +101,9 @@ CALLS = {
     "q40_quantize": q40(_native.q40_quantize, "floats", "f32", "scale_search", 1.0, "w", "codes_out", "scales_out"),
     "q40_quantize_with_scales": q40(_native.q40_quantize_with_scales, "floats", "f32", "w", "scales", "codes_out"),
     "q40_quantize_weighted": q40(_native.q40_quantize_weighted, "data", 1024, ONES, "w", "codes_out", "scales_out"),
+    "q40_quantize_weighted:one row": q40(
+        _native.q40_quantize_weighted, "data", N, np.ones(N, np.float32), "w", "codes_out", "scales_out"
+    ),
     "q40_quantize_hessian": hessian,
     "q40_dequantize": q40(_native.q40_dequantize, "codes", "scales", "f32", "floats_out"),
     "q40_squared_error": q40(_native.q40_squared_error, "codes", "scales", "f32", "floats", "f32"),

@@ -11,7 +11,7 @@ use super::{check_range, scale_search::POSITIONS};
 use crate::error::{Error, Result};
 use crate::pool;
 use crate::q40::simd::{Candidates, Group, Isa, Kernel, dispatch};
-use crate::q40::{CODE_BYTES, FloatType, GROUP_SIZE, SCALE_BYTES, alive, check_planes};
+use crate::q40::{CODE_BYTES, FloatType, GROUP_SIZE, SCALE_BYTES, TILE, alive, check_planes};
 
 /// Rounds of fitting the scale to the codes and the codes to the scale, at most.
 const POLISH: usize = 4;
@@ -43,15 +43,20 @@ pub fn quantize_weighted(
     }
     let groups = width / GROUP_SIZE;
     let planes = codes.par_chunks_mut(groups * CODE_BYTES).zip(scales.par_chunks_mut(groups * SCALE_BYTES));
-    let encode = |(row, (x, (codes, scales)))| {
-        alive(stop)?;
-        let first = row / (rows / kinds) * width;
-        dispatch(Row { x, importance: &importance[first..first + width], codes, scales });
-        Ok(())
-    };
     pool::install(|| {
         check_range(data, name, stop)?;
-        data.par_chunks(width).zip(planes).enumerate().try_for_each(encode)
+        data.par_chunks(width).zip(planes).enumerate().try_for_each(|(row, (x, (codes, scales)))| {
+            let first = row / (rows / kinds) * width;
+            let inputs = x.chunks(TILE).zip(importance[first..first + width].chunks(TILE));
+            let outputs = codes
+                .chunks_mut(TILE / GROUP_SIZE * CODE_BYTES)
+                .zip(scales.chunks_mut(TILE / GROUP_SIZE * SCALE_BYTES));
+            inputs.zip(outputs).try_for_each(|((x, importance), (codes, scales))| {
+                alive(stop)?;
+                dispatch(Part { x, importance, codes, scales });
+                Ok(())
+            })
+        })
     })
 }
 
@@ -65,14 +70,15 @@ pub(super) fn check_rows(data: &[f32], width: usize) -> Result<()> {
     Ok(())
 }
 
-struct Row<'a> {
+/// Of a row.
+struct Part<'a> {
     x: &'a [f32],
     importance: &'a [f32],
     codes: &'a mut [u8],
     scales: &'a mut [u8],
 }
 
-impl Kernel for Row<'_> {
+impl Kernel for Part<'_> {
     type Output = ();
 
     #[inline(always)]
