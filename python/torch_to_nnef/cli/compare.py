@@ -67,12 +67,11 @@ def compare(
 
 
 def _arrays(path: Path) -> dict[str, Any]:
-    from torch_to_nnef.quantize.calibration import opened_npz
+    from torch_to_nnef.isolated import load_arrays
 
     if not path.is_file():
         raise T2NErrorNotFoundFile(f"no inputs at {str(path)!r}")
-    with opened_npz(path) as arrays:
-        return dict(arrays)
+    return load_arrays(path)
 
 
 def _table(found: SideBySide, first: str, second: str) -> Table:

@@ -6,14 +6,15 @@ import os
 import tokenize
 import zipfile
 import zlib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorNotFoundFile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -26,17 +27,26 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """
     if not os.path.isfile(path):  # noqa: PTH113  # unlike Path.is_file, it has an answer for any name
         raise T2NErrorNotFoundFile(f"no arrays at {str(path)!r}")
+    with opened_npz(path) as file:
+        arrays = dict(file)
+    if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise T2NErrorInvalidArgument(f"{str(path)!r} holds more than arrays: {', '.join(others)}")
+    return arrays
+
+
+@contextmanager
+def opened_npz(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """The arrays of an `.npz` file, read as they are asked for. Raises `T2NErrorInvalidArgument` if it has none, or other objects."""
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = dict(file)
+            yield file
+    except T2NError:
+        raise
     except (
         ValueError, OSError, EOFError, AttributeError, TypeError, KeyError, SyntaxError, NotImplementedError, RuntimeError,
         OverflowError, MemoryError, zipfile.BadZipFile, zlib.error, tokenize.TokenError,
     ) as error:  # fmt: skip
         raise T2NErrorInvalidArgument(f"{str(path)!r} is not an .npz file of plain arrays: {error}") from error
-    if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-        raise T2NErrorInvalidArgument(f"{str(path)!r} holds more than arrays: {', '.join(others)}")
-    return arrays
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from torch_to_nnef._native import write_text
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
 from torch_to_nnef.export import staged
 from torch_to_nnef.files import alone_in, writing
+from torch_to_nnef.isolated import save_arrays
 from torch_to_nnef.llm_tract.model import read_modes
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Layout:
                 path = self.test(scenario.name, side)
                 with writing(path):
                     path.parent.mkdir(exist_ok=True)
-                    np.savez(path, **arrays)  # type: ignore[arg-type]
+                    save_arrays(path, arrays)
 
     def write(
         self,

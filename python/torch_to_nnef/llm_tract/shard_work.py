@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from torch_to_nnef._native import put_in_place
 from torch_to_nnef.compress import Choice, dynamic_load_registry
 from torch_to_nnef.exceptions import T2NError
 from torch_to_nnef.llm_tract.shard_list import WORK, Entry, Sources, WorkList
@@ -38,7 +38,6 @@ def quantize_output(work: WorkList, number: int, checkpoint: Path, out: Path, pr
         if not target.exists():  # else another worker was faster, and cleared up
             raise
         return
-    sync(out)
     for part in parts:
         part.unlink(missing_ok=True)
 
@@ -60,7 +59,7 @@ def _make(
     # What a method leaves is copied from the checkpoint.
     left = {entry.name: sources.tensor(entry) for entry in work.outputs[number].entries if entry.name not in made}
     save_safetensors(made | left, folder / target.name)
-    (folder / target.name).replace(target)
+    put_in_place(folder / target.name, target)
     return list(parts.values())
 
 
@@ -86,14 +85,3 @@ def _holder(name: str, weight: torch.Tensor) -> nn.Module:
         module = child
     module.register_parameter(last, nn.Parameter(weight, requires_grad=False))
     return root
-
-
-def sync(folder: Path) -> None:
-    """Make renames in `folder` last, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

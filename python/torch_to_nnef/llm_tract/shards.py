@@ -35,7 +35,7 @@ from torch_to_nnef.llm_tract.shard_list import (
     named,
     put,
 )
-from torch_to_nnef.llm_tract.shard_work import quantize_output, sync
+from torch_to_nnef.llm_tract.shard_work import quantize_output
 from torch_to_nnef.llm_tract.streaming import mark
 from torch_to_nnef.log import LOGGER
 from torch_to_nnef.quantize.targets import DEFAULT_CLASSES, Selection, find_targets
@@ -273,7 +273,6 @@ def _complete(work: WorkList, checkpoint: Path, out: Path) -> Shards:
         _copy_description(work, checkpoint, out)
         names = {entry.name: output.name for output in work.outputs for entry in output.entries}
         put(out, INDEX, json.dumps({"metadata": {"total_size": after}, "weight_map": names}, indent=1) + "\n")
-        sync(out)
     if len(done) == len(paths):
         shutil.rmtree(out / WORK, ignore_errors=True)
     return Shards(out, len(done), len(paths), before, after)

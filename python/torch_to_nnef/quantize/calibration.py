@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +15,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.isolated.arrays import load_arrays
 from torch_to_nnef.torch_internals import pytree
 
 _HELD_OUT = 5  # one batch in so many
@@ -128,10 +126,7 @@ class Calibration:
         """
         if not path.is_file():
             raise T2NErrorNotFoundFile(f"no calibration data at {str(path)!r}")
-        with opened_npz(path) as file:
-            arrays = {name: file[name] for name in file}
-            if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-                raise T2NErrorInvalidArgument(f"{str(path)!r} holds more than arrays: {', '.join(others)}")
+        arrays = load_arrays(path)
         counts = {array.shape[0] if array.ndim else None for array in arrays.values()}
         if len(counts) != 1 or not (count := counts.pop()):
             shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "none"
@@ -183,18 +178,6 @@ def as_calibration(
             (i if isinstance(i, str) else read_text(i) for i in items), tokenizer, arguments=others
         )
     return Calibration.of([as_batch(item, model) for item in items])
-
-
-@contextmanager
-def opened_npz(path: Path) -> Iterator[Mapping[str, np.ndarray[Any, Any]]]:
-    """The arrays of an `.npz` file, read as they are asked for. Raises `T2NErrorInvalidArgument` if it has none, or other objects."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            yield file
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, T2NError):
-            raise
-        raise T2NErrorInvalidArgument(f"{str(path)!r} is not an .npz file of plain arrays: {error}") from error
 
 
 def read_text(path: Path) -> str:

@@ -17,7 +17,8 @@ from torch import nn
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
 from torch_to_nnef.files import staged, writing
-from torch_to_nnef.quantize.calibration import Calibration, as_calibration, opened_npz
+from torch_to_nnef.isolated.arrays import opened_npz
+from torch_to_nnef.quantize.calibration import Calibration, as_calibration
 from torch_to_nnef.quantize.sequence import Replay, Stage, order_of
 from torch_to_nnef.quantize.statistics import InputStatistics, InputSums, Moments
 from torch_to_nnef.quantize.targets import Target

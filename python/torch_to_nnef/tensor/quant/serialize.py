@@ -6,7 +6,6 @@ Each part of a QTensor `name` is the entry `name::part`; what the parts mean is 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -76,7 +75,7 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
 
 
 def _write(path: Path, entries: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Header and data, synced; those of wide items first, so that every tensor is aligned to its items."""
+    """Header and data; those of wide items first, so that every tensor is aligned to its items."""
     if unknown := [name for name, tensor in entries.items() if tensor.dtype not in DTYPE_NAMES]:
         raise T2NErrorInvalidArgument(f"`{unknown[0]}`: safetensors files hold no {entries[unknown[0]].dtype}")
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
@@ -93,7 +92,6 @@ def _write(path: Path, entries: Mapping[str, torch.Tensor], metadata: dict[str, 
         for name in order:
             for _, piece in flat_chunks(entries[name]):
                 _write_all(file, raw_memory(piece.cpu()))
-        os.fsync(file.fileno())
 
 
 def _write_all(file: Any, content: Any) -> None:
