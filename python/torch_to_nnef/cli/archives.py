@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from torch_to_nnef.cli.arguments import archive_in
+from torch_to_nnef.cli.arguments import Json, Verbose, archive_in
 from torch_to_nnef.cli.arguments import sizes as symbols
 from torch_to_nnef.cli.outcome import Outcome, outcome, printable
 from torch_to_nnef.exceptions import (
@@ -35,8 +35,6 @@ _Memory = Annotated[
     Option(min=1, metavar="MIB", help="Address space of the child; none: 4096, and four times the size of FILE."),
 ]
 _Seconds = Annotated[float, Option(min=0.1, help="Wall time of the child.")]
-_Json = Annotated[bool, Option("--json", help="Print JSON.")]
-_Verbose = Annotated[bool, Option("-v", "--verbose", help="Log more, and show tracebacks.")]
 
 
 def verify(
@@ -53,8 +51,8 @@ def verify(
     ] = TractCheckTolerance.APPROXIMATE,
     memory: _Memory = None,
     seconds: _Seconds = 120,
-    as_json: _Json = False,
-    verbose: _Verbose = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check an archive, load it in tract and run it, in a child process with limits.
 
@@ -87,8 +85,8 @@ def run(
     memory: _Memory = None,
     seconds: _Seconds = 120,
     force: Annotated[bool, Option("--force", help="Replace OUTPUTS if it exists.")] = False,
-    as_json: _Json = False,
-    verbose: _Verbose = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run an archive in tract, in a child process with limits: an .npz file in, an .npz file out."""
     with outcome(verbose), _errors_as_json(as_json):
@@ -112,8 +110,8 @@ def inspect(
     archive: _Archive,
     memory: _Memory = None,
     seconds: _Seconds = 120,
-    as_json: _Json = False,
-    verbose: _Verbose = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Say what an archive holds, by its headers and its text: nothing of it is run, weights are not read."""
     with outcome(verbose), _errors_as_json(as_json):

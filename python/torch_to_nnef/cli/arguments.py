@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
 
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+Json = Annotated[bool, Option("--json", help="Print JSON.")]
+Verbose = Annotated[bool, Option("-v", "--verbose", help="Log more, and show tracebacks.")]
 _DIGITS = 18  # of a size
 _IN_LLM_FOLDERS = ("model/model.nnef.tgz", "model.nnef.tgz")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from torch_to_nnef.cli.arguments import archive_in, inside, sizes
+from torch_to_nnef.cli.arguments import Json, Verbose, archive_in, inside, sizes
 from torch_to_nnef.cli.outcome import Outcome, outcome
 from torch_to_nnef.exceptions import T2NErrorNotFoundFile
 from torch_to_nnef.inference_target import TractCheckTolerance
@@ -38,8 +38,8 @@ def compare(
     tolerance: Annotated[
         TractCheckTolerance, Option("-tt", "--tract-check-io-tolerance", help="Within which outputs are the same.")
     ] = TractCheckTolerance.APPROXIMATE,
-    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
-    verbose: Annotated[bool, Option("-v", "--verbose", help="Log more, and show tracebacks.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run two archives in tract on the same inputs, and say how far apart their outputs are, how large they are and how long they take.
 

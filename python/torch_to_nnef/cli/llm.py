@@ -12,6 +12,7 @@ import typer
 from typer import Option
 from typer.core import TyperCommand
 
+from torch_to_nnef.cli.arguments import Verbose
 from torch_to_nnef.cli.outcome import Outcome, outcome
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.inference_target import TractCheckTolerance
@@ -196,7 +197,7 @@ def export_llm_to_tract(
         ),
     ] = LlmOptions.ignore_already_exist_dir,
     as_json: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
-    verbose: Annotated[bool, Option("-v", "--verbose", help="Log more, and show tracebacks.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Export a causal language model to an archive for tract, and verify it.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from torch_to_nnef.cli.arguments import Json, Verbose
 from torch_to_nnef.cli.outcome import outcome
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.llm_tract.options import Fallback, LlmOptions
@@ -46,8 +47,8 @@ def quantize_shards(
     retries: Annotated[int, Option(min=0, help="Of a file, after its worker was lost or could not write.")] = 3,
     trust_remote_code: Annotated[bool, Option(help="Run code that comes with the checkpoint.")] = False,
     force: Annotated[bool, Option("--force", help="Begin anew, of one worker; other files in OUT stay.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
-    verbose: Annotated[bool, Option("-v", "--verbose", help="Log more, and show tracebacks.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Pack the weights of a checkpoint one by one into a checkpoint that t2n_export_llm_to_tract -d takes as it is.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from typer import Option
 
+from torch_to_nnef.cli.arguments import Json, Verbose
 from torch_to_nnef.cli.outcome import outcome
 from torch_to_nnef.llm_tract.options import DtypeName, LlmOptions
 
@@ -43,8 +44,8 @@ def sensitivity(
         DtypeName | None, Option("-dt", "--force-module-dtype", help="Dtype to compute in.")
     ] = None,
     trust_remote_code: Annotated[bool, Option(help="Run code that comes with the checkpoint.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
-    verbose: Annotated[bool, Option("-v", "--verbose", help="Log more, and show tracebacks.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Quantize each weight of a language model alone, and say how far the next token's distribution moves, the worst first.
 

@@ -1,40 +1,18 @@
 """Archives that are broken or hostile: each gives a `T2NError` in this process, soon, and leaves it working."""
 
 import gzip
-import io
 import struct
 import tarfile
 import time
 
 import numpy as np
 import pytest
+from malformed import fragment, graph, tar, text
 
 from torch_to_nnef import TractModel, _native
 from torch_to_nnef.exceptions import T2NError, T2NErrorInconsistentTensor, T2NErrorTract
 
-HEAD = "version 1.0;\nextension tract_registry tract_core;\n"
-X = "x = external<scalar>(shape = [4, 32]);\n"
 W = 'w = variable<scalar>(shape = [4, 32], label = "w");\n'
-
-
-def tar(files, **member):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            for field, value in member.items():
-                setattr(info, field, value)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def graph(body, fragments="", head=HEAD):
-    return f"{head}{fragments}graph net(x) -> (y) {{\n{X}{body}\n}}\n".encode()
-
-
-def fragment(name, body, parameters="a: tensor<scalar>"):
-    return f"fragment {name}({parameters}) -> (b: tensor<scalar>) {{ b = {body}; }}\n"
 
 
 def dat(shape=(4, 32), payload=None, *, magic=b"\x4e\xef\x01\x00", size=None, rank=None, bits=32, item=0, vendor=0):
@@ -50,10 +28,6 @@ Q40 = {"bits": 0xFFFFFFFF, "item": 0x3040, "vendor": 0x5452}
 
 def weight(content, body="y = matmul(x, w, transposeB = true);"):
     return tar([("graph.nnef", graph(W + body)), ("w.dat", content)])
-
-
-def text(body, fragments="", **kwargs):
-    return tar([("graph.nnef", graph(body, fragments, **kwargs))])
 
 
 def quant(content):
