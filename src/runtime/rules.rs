@@ -23,13 +23,15 @@ const MAX_RANK: usize = 64;
 /// What tract allocates while it loads or runs, if numbers in the file ask for it: `(operator, argument, most of the
 /// product of its numbers)`, of a padding over its axes. The elements of a window become offsets, a few hundred bytes each. Other
 /// operators (`avg_pool`, `max_pool`) are fragments that apply these.
-const AMOUNTS: [(&str, &str, i64); 15] = [
+const AMOUNTS: [(&str, &str, i64); 17] = [
     ("tile", "repeats", 1 << 31),
     ("pad", "padding", 1 << 24),
     ("tract_core_broadcast", "shape", 1 << 31),
     ("tract_core_range", "start", 1 << 31),
     ("tract_core_range", "end", 1 << 31),
     ("tract_core_one_hot", "dim", 1 << 31),
+    ("tract_core_resize", "sizes", 1 << 31),
+    ("tract_core_resize", "scales", 1 << 16),
     ("nearest_upsample", "factor", 1 << 16),
     ("multilinear_upsample", "factor", 1 << 16),
     ("conv", "padding", 1 << 24),

@@ -197,6 +197,8 @@ HUGE = {
     "tract_core_broadcast(x, shape = [{}, 4, 32])": (1 << 32, 1 << 62),
     "tract_core_range(0, {}, 1)": (1 << 32, 1 << 62),
     "tract_core_range(-{}, 0, 1)": (1 << 32, 1 << 62),
+    "tract_core_resize(x, sizes = [4, {}], interpolator = 'linear')": (1 << 30, 1 << 62),
+    "tract_core_resize(x, scales = [1.0, {}.0], interpolator = 'linear')": (1 << 17, 1 << 40),
     "nearest_upsample(unsqueeze(x, axes = [0]), factor = [{}])": (1 << 17, 1 << 40),
     "multilinear_upsample(unsqueeze(x, axes = [0]), factor = [{}])": (1 << 17, 1 << 40),
     "max_pool(unsqueeze(x, axes = [0]), size = [1, 1, {}])": (1 << 23, 1 << 40),
