@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use numpy::{PyArray1, PyArrayDescrMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArrayDescrMethods, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyDict, PyList};
@@ -190,7 +190,10 @@ fn array_bytes<'py>(py: Python<'py>, array: &Bound<'py, PyUntypedArray>) -> PyRe
 }
 
 fn array_to_py<'py>(py: Python<'py>, array: &Array) -> PyResult<Bound<'py, PyAny>> {
-    let bytes = PyArray1::from_slice(py, array.bytes());
+    let numpy = py.import("numpy")?;
+    // Not by PyArray1, which panics where there is no memory.
+    let bytes = numpy.call_method1("empty", (array.bytes().len(), "u1"))?.cast_into::<PyArray1<u8>>()?;
+    bytes.readwrite().as_slice_mut()?.copy_from_slice(array.bytes());
     bytes.call_method1("view", (numpy_name(array.dtype()),))?.call_method1("reshape", (array.shape().to_vec(),))
 }
 

@@ -1,19 +1,23 @@
 //! What tract 0.23.9 computes with packed weights: elsewhere it is silently wrong, or reads beyond their end. It also
 //! multiplies operands whose sizes do not fit.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use tract_core::ops::array::Gather;
+use tract_core::ops::binary::TypedBinOp;
 use tract_core::ops::change_axes::AxisOp;
 use tract_core::ops::cnn::Conv;
 use tract_core::ops::einsum::EinSum;
 use tract_core::ops::konst::Const;
 use tract_core::ops::scan::Scan;
 use tract_linalg::block_quant::BlockQuantStorage;
-use tract_nnef::internal::{InOut, OutletId, SymbolValues, TDim, TypedModel, TypedNode};
+use tract_nnef::internal::{InOut, OutletId, SymbolValues, TDim, TypedFact, TypedModel, TypedNode};
 
 use crate::q40::GROUP_SIZE;
 use crate::q40::block::BLOCK_BYTES;
+
+/// Operators that read all operands as the type of the first one.
+const ONE_TYPE: [&str; 2] = ["LstmEpilogue", "GruEpilogue"];
 
 type Checked = Result<(), String>;
 
@@ -41,8 +45,13 @@ impl Equal {
 pub fn check(model: &TypedModel) -> Result<Vec<Equal>, String> {
     let mut equal = Vec::new();
     let mut packed: HashMap<OutletId, Vec<usize>> = HashMap::new();
+    let mut constant: HashSet<usize> = HashSet::new();
     for node in model.nodes() {
         let named = |why: &str| format!("{}: {why}", node.name);
+        check_operands(model, node, &constant).map_err(|why| named(&why))?;
+        if node.op_is::<Const>() || !node.inputs.is_empty() && node.inputs.iter().all(|i| constant.contains(&i.node)) {
+            constant.insert(node.id);
+        }
         if let Some(scan) = node.op_as::<Scan>() {
             equal.extend(check(&scan.body)?);
         }
@@ -75,6 +84,20 @@ pub fn check(model: &TypedModel) -> Result<Vec<Equal>, String> {
         }
     }
     Ok(equal)
+}
+
+/// tract reads the first element of a constant beside an operand, also where there is none, and the operands of some
+/// operators as if they had the type of the first.
+fn check_operands(model: &TypedModel, node: &TypedNode, constant: &HashSet<usize>) -> Checked {
+    let facts = model.node_input_facts(node.id).map_err(|e| format!("{e:#}"))?;
+    let empty = |fact: &TypedFact| fact.shape.iter().any(|size| *size == TDim::Val(0));
+    if node.op_is::<TypedBinOp>() && node.inputs.iter().zip(&facts).any(|(i, f)| constant.contains(&i.node) && empty(f)) {
+        return Err("an operand is a constant without elements".to_owned());
+    }
+    if ONE_TYPE.contains(&&*node.op.name()) && facts.iter().any(|fact| fact.datum_type != facts[0].datum_type) {
+        return Err(format!("{} with operands of several types", node.op.name()));
+    }
+    Ok(())
 }
 
 /// Of a packed tensor; None if it cannot be in blocks.
@@ -137,8 +160,13 @@ fn sizes(model: &TypedModel, node: &TypedNode, product: &EinSum, broadcast: bool
         let along =
             axis.inputs.iter().zip(&facts).flat_map(|(places, fact)| places.iter().map(|at| fact.shape.get(*at)));
         let along: Vec<&TDim> = along.flatten().collect();
+        let summed = axis.outputs[0].is_empty();
         for size in along.iter().skip(1).filter(|size| **size != along[0]) {
-            let pair = Equal { sizes: [along[0].clone(), (*size).clone()], broadcast };
+            if summed && (along[0].is_one() || size.is_one()) {
+                // tract's optimizer may come to no end if the other one is a symbol.
+                return Err(format!("a product along {} and {size}, which must be equal", along[0]));
+            }
+            let pair = Equal { sizes: [along[0].clone(), (*size).clone()], broadcast: broadcast && !summed };
             pair.check(&SymbolValues::default())?;
             equal.push(pair);
         }

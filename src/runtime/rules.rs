@@ -1,42 +1,62 @@
 //! What an archive may not ask of tract's operators, checked where tract builds them, with the values it builds them from.
 //!
 //! tract 0.23.9 loops without end on a transposition that names an axis twice, allocates what numbers in the file ask for,
-//! and takes a packed side of `matmul` as it lies, whatever it is told.
+//! takes a packed side of `matmul` as it lies, whatever it is told, and the first element of a tensor for a number, also
+//! where there is none.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::mem;
 use std::sync::{Arc, OnceLock};
 
 use tract_core::ops::einsum::EinSum;
-use tract_nnef::ast::RValue;
+use tract_nnef::ast::{Identifier, Invocation, RValue, TypeName, TypeSpec};
 use tract_nnef::deser::{ModelBuilder, ResolvedInvocation, Value};
 use tract_nnef::framework::Nnef;
 use tract_nnef::internal::{
-    AxesMapping, OutletId, Tensor, TractErrorContext, TractResult, TypedFact, TypedNode, ensure,
+    AxesMapping, OutletId, TDim, Tensor, TractErrorContext, TractResult, TypedFact, TypedNode, ensure,
 };
 use tract_nnef::registry::ToTract;
 
 /// Axes of a tensor.
 const MAX_RANK: usize = 64;
 /// What tract allocates while it loads or runs, if numbers in the file ask for it: `(operator, argument, most of the
-/// product of its numbers)`. The elements of a window become offsets, a few hundred bytes each. Other
+/// product of its numbers)`, of a padding over its axes. The elements of a window become offsets, a few hundred bytes each. Other
 /// operators (`avg_pool`, `max_pool`) are fragments that apply these.
-const AMOUNTS: [(&str, &str, i64); 14] = [
+const AMOUNTS: [(&str, &str, i64); 17] = [
     ("tile", "repeats", 1 << 31),
-    ("pad", "padding", 1 << 31),
+    ("pad", "padding", 1 << 24),
     ("tract_core_broadcast", "shape", 1 << 31),
     ("tract_core_range", "start", 1 << 31),
     ("tract_core_range", "end", 1 << 31),
     ("tract_core_one_hot", "dim", 1 << 31),
+    ("tract_core_resize", "sizes", 1 << 31),
+    ("tract_core_resize", "scales", 1 << 16),
     ("nearest_upsample", "factor", 1 << 16),
     ("multilinear_upsample", "factor", 1 << 16),
-    ("conv", "padding", 1 << 31),
-    ("deconv", "padding", 1 << 31),
+    ("conv", "padding", 1 << 24),
+    ("deconv", "padding", 1 << 24),
+    ("tract_core_qconv", "padding", 1 << 24),
     ("box", "size", 1 << 18),
-    ("box", "padding", 1 << 31),
+    ("box", "padding", 1 << 24),
     ("debox", "size", 1 << 18),
     ("max_pool_with_index", "size", 1 << 18),
+];
+
+/// What windows step by, of which tract takes 0 and less for very much: `(operator, argument)`.
+const STEPS: [(&str, &str); 12] = [
+    ("conv", "stride"),
+    ("conv", "dilation"),
+    ("deconv", "stride"),
+    ("deconv", "dilation"),
+    ("box", "stride"),
+    ("box", "dilation"),
+    ("debox", "stride"),
+    ("debox", "dilation"),
+    ("max_pool_with_index", "stride"),
+    ("max_pool_with_index", "dilation"),
+    ("tract_core_qconv", "stride"),
+    ("tract_core_qconv", "dilation"),
 ];
 
 type Check = fn(&mut ModelBuilder, &ResolvedInvocation) -> TractResult<()>;
@@ -51,28 +71,36 @@ const BEFORE: [(&str, Check); 5] = [
 ];
 const AFTER: [(&str, CheckBuilt); 2] = [("matmul", matmul), ("tract_moe_ffn", experts)];
 
-/// tract's own operators that [`guard`] stands before.
-static GUARDED: OnceLock<HashMap<String, ToTract>> = OnceLock::new();
+/// tract's own operators, which [`guard`] stands before.
+static OWN: OnceLock<HashMap<String, ToTract>> = OnceLock::new();
 
-/// Puts the checks around the operators of `framework` that need one.
+/// Puts the checks around the operators of `framework` that take arguments by name.
 pub fn guard(mut framework: Nnef) -> Nnef {
-    let names = BEFORE.iter().map(|(name, _)| name).chain(AFTER.iter().map(|(name, _)| name));
-    let names: HashSet<&str> = names.chain(AMOUNTS.iter().map(|(name, ..)| name)).copied().collect();
-    let operators = framework.registries.iter_mut().flat_map(|registry| &mut registry.primitives);
-    let needy = operators.filter(|(name, _)| names.contains(&*name.0));
-    let own = needy.map(|(name, operator)| (name.0.clone(), mem::replace(&mut operator.to_tract, checked))).collect();
-    GUARDED.get_or_init(|| own);
+    let mut own = HashMap::new();
+    for registry in &mut framework.registries {
+        let primitives = registry.primitives.iter_mut().map(|(name, operator)| (name, &mut operator.to_tract));
+        let others = registry.element_wise_ops.iter_mut().map(|(name, .., to_tract)| (&*name, to_tract));
+        own.extend(primitives.chain(others).map(|(name, of)| (name.0.clone(), mem::replace(of, checked as ToTract))));
+    }
+    OWN.get_or_init(|| own);
     framework
 }
 
-fn checked(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<Value> {
-    let name = &*invocation.invocation.id.0;
-    let own = GUARDED.get().and_then(|own| own.get(name)).context("an operator that nobody guards")?;
+fn checked(builder: &mut ModelBuilder, asked: &ResolvedInvocation) -> TractResult<Value> {
+    let name = &*asked.invocation.id.0;
+    let own = OWN.get().and_then(|own| own.get(name)).context("an operator that nobody guards")?;
+    let resolved = resolved(builder, asked)?;
+    let invocation = &ResolvedInvocation { invocation: &resolved, ..asked.clone() };
+    single(builder, invocation)?;
     for (_, check) in BEFORE.iter().filter(|(operator, _)| *operator == name) {
         check(builder, invocation)?;
     }
     for (_, argument, most) in AMOUNTS.iter().filter(|(operator, ..)| *operator == name) {
         amount(builder, invocation, argument, *most)?;
+    }
+    for (_, argument) in STEPS.iter().filter(|(operator, _)| *operator == name) {
+        let steps = numbers(builder, invocation, argument)?.unwrap_or_default();
+        ensure!(steps.iter().all(|&step| step > 0), "{argument} {steps:?}: at least 1");
     }
     let built = own(builder, invocation)?;
     for (_, check) in AFTER.iter().filter(|(operator, _)| *operator == name) {
@@ -80,6 +108,70 @@ fn checked(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> Tract
         check(builder, invocation, outlet)?;
     }
     Ok(built)
+}
+
+/// Arguments that apply operators under names for what they are: tract builds them anew each time it looks at them.
+fn resolved<'a>(builder: &mut ModelBuilder, asked: &ResolvedInvocation<'a>) -> TractResult<Cow<'a, Invocation>> {
+    if asked.invocation.arguments.iter().all(|argument| is_written(&argument.rvalue)) {
+        return Ok(Cow::Borrowed(asked.invocation));
+    }
+    let mut invocation = asked.invocation.clone();
+    let mut named = Vec::new();
+    for (at, argument) in invocation.arguments.iter_mut().enumerate().filter(|(_, a)| !is_written(&a.rvalue)) {
+        let name = argument.id.as_ref().or_else(|| asked.default_params.get(at).map(|parameter| &parameter.id));
+        builder.naming_scopes.push(name.context("more arguments than the operator has")?.clone());
+        let value = if invocation.id.0.ends_with("external") {
+            builder.allowing_new_symbols(|builder| argument.rvalue.resolve(builder, &[]))
+        } else {
+            argument.rvalue.resolve(builder, &[])
+        };
+        builder.naming_scopes.pop();
+        let name = Identifier(format!("\0argument {at}"));
+        named.push((name.clone(), value?));
+        argument.rvalue = RValue::Identifier(name);
+    }
+    // Not before all are resolved: they may apply operators with such arguments too.
+    builder.scopes.last_mut().context("no scope")?.extend(named);
+    Ok(Cow::Owned(invocation))
+}
+
+/// Refuses tensors that are not one number where numbers belong.
+fn single(builder: &ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
+    for parameter in invocation.default_params.iter().filter(|parameter| is_number(&parameter.spec)) {
+        let given = invocation.get_named_arg(&parameter.id.0);
+        let fits = given.is_none_or(|value| is_single(builder, &value));
+        ensure!(fits, "{}: a tensor that is not one element stands for a number", parameter.id.0);
+    }
+    Ok(())
+}
+
+/// Or numbers; all that tract declares as tensors of integers are.
+fn is_number(spec: &TypeSpec) -> bool {
+    match spec {
+        TypeSpec::Single(_) | TypeSpec::Tensor(TypeName::Integer) => true,
+        TypeSpec::Tensor(_) => false,
+        TypeSpec::Array(of) => is_number(of),
+        TypeSpec::Tuple(items) => items.iter().all(is_number),
+    }
+}
+
+fn is_single(builder: &ModelBuilder, argument: &RValue) -> bool {
+    match argument {
+        RValue::Identifier(name) => {
+            builder.scopes.last().and_then(|scope| scope.get(name)).is_none_or(|value| is_one(builder, value))
+        }
+        RValue::Array(items) | RValue::Tuple(items) => items.iter().all(|item| is_single(builder, item)),
+        _ => true,
+    }
+}
+
+fn is_one(builder: &ModelBuilder, value: &Value) -> bool {
+    match value {
+        Value::Wire(outlet) => builder.model.outlet_fact(*outlet).is_ok_and(|fact| fact.shape.volume() == TDim::Val(1)),
+        Value::Tensor(tensor) => tensor.len() == 1,
+        Value::Array(items) | Value::Tuple(items) => items.iter().all(|item| is_one(builder, item)),
+        _ => true,
+    }
 }
 
 fn transpose(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
@@ -108,7 +200,7 @@ fn window(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractR
 fn one_hot(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
     let mut types = [None; 2];
     for (found, argument) in types.iter_mut().zip(["value_off", "value_on"]) {
-        let value = written(invocation, argument).map(|value| value.resolve(builder, &[])).transpose()?;
+        let value = invocation.get_named_arg(argument).map(|value| value.resolve(builder, &[])).transpose()?;
         *found = value.and_then(|value| value.to::<Arc<Tensor>>(builder).ok()).map(|value| value.datum_type());
     }
     ensure!(
@@ -120,7 +212,11 @@ fn one_hot(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> Tract
 
 fn amount(builder: &mut ModelBuilder, invocation: &ResolvedInvocation, argument: &str, most: i64) -> TractResult<()> {
     let asked = numbers(builder, invocation, argument)?.unwrap_or_default();
-    let product = asked.iter().try_fold(1i64, |product, &n| product.checked_mul(n.checked_abs()?.max(1)));
+    let together = if argument == "padding" { 2 } else { 1 };
+    let product = asked.chunks(together).try_fold(1i64, |product, side| {
+        let sum = side.iter().try_fold(0i64, |sum, n| sum.checked_add(n.checked_abs()?))?;
+        product.checked_mul(sum.max(1))
+    });
     ensure!(product.is_some_and(|product| product <= most), "{argument} {asked:?}: more than {most} in all");
     Ok(())
 }
@@ -136,7 +232,7 @@ fn matmul(builder: &mut ModelBuilder, invocation: &ResolvedInvocation, built: Ou
     });
     let (argument, needed) = if is_left { ("transposeA", false) } else { ("transposeB", true) };
     let asked =
-        written(invocation, argument).map(|asked| asked.resolve(builder, &[])?.to::<bool>(builder)).transpose()?;
+        invocation.get_named_arg(argument).map(|asked| asked.resolve(builder, &[])?.to::<bool>(builder)).transpose()?;
     ensure!(asked == Some(needed), "matmul of a packed side needs {argument} = {needed}");
     Ok(())
 }
@@ -146,7 +242,7 @@ fn experts(builder: &mut ModelBuilder, invocation: &ResolvedInvocation, built: O
     if !(0..node.inputs.len()).any(|at| is_packed(builder, node, at)) {
         return Ok(());
     }
-    let layout = written(invocation, "expert_layout").map(|layout| layout.resolve(builder, &[])).transpose()?;
+    let layout = invocation.get_named_arg("expert_layout").map(|layout| layout.resolve(builder, &[])).transpose()?;
     ensure!(
         matches!(layout, Some(Value::String(name)) if name == "linear"),
         "packed experts need expert_layout = \"linear\""
@@ -158,22 +254,18 @@ fn is_packed(builder: &ModelBuilder, node: &TypedNode, at: usize) -> bool {
     node.inputs.get(at).is_some_and(|&input| builder.model.outlet_fact(input).is_ok_and(TypedFact::is_exotic))
 }
 
-/// An argument of whole numbers, nested ones in a row; None if they are not written, or depend on symbols.
+/// An argument of whole numbers, nested ones in a row; None if they depend on inputs or symbols.
 fn numbers(
     builder: &mut ModelBuilder,
     invocation: &ResolvedInvocation,
     argument: &str,
 ) -> TractResult<Option<Vec<i64>>> {
-    let Some(value) = written(invocation, argument) else { return Ok(None) };
+    let Some(value) = invocation.get_named_arg(argument) else { return Ok(None) };
     let value = value.resolve(builder, &[])?;
     Ok(flat(builder, &value))
 }
 
-/// An argument that can be resolved twice: it applies no operator, which would be built twice.
-fn written<'a>(invocation: &'a ResolvedInvocation, argument: &str) -> Option<Cow<'a, RValue>> {
-    invocation.get_named_arg(argument).filter(|value| is_written(value))
-}
-
+/// Whether it applies no operator.
 fn is_written(value: &RValue) -> bool {
     match value {
         RValue::Identifier(_) | RValue::Literal(_) => true,
@@ -205,7 +297,7 @@ mod tests {
     #[test]
     fn the_tables_name_operators_of_tract() {
         guard(tract_nnef::nnef().with_tract_transformers());
-        let own = GUARDED.get().unwrap_or_else(|| unreachable!("set by guard"));
+        let own = OWN.get().unwrap_or_else(|| unreachable!("set by guard"));
         let named = BEFORE.iter().map(|(name, _)| *name).chain(AFTER.iter().map(|(name, _)| *name));
         let missing: Vec<_> =
             named.chain(AMOUNTS.iter().map(|(name, ..)| *name)).filter(|name| !own.contains_key(*name)).collect();

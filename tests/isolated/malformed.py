@@ -193,10 +193,12 @@ HUGE = {
     "tile(x, repeats = [{}, 1])": (1 << 32, 1 << 62),
     "tile(x, [{}, {}])": (1 << 16, 1 << 24),
     "pad(x, padding = [(0, {}), (0, 0)])": (1 << 32, 1 << 62),
-    "pad(x, [({}, {}), (0, 0)])": (1 << 17, 1 << 25),
+    "pad(x, [({}, {}), (0, 0)])": (1 << 24, 1 << 25),
     "tract_core_broadcast(x, shape = [{}, 4, 32])": (1 << 32, 1 << 62),
     "tract_core_range(0, {}, 1)": (1 << 32, 1 << 62),
     "tract_core_range(-{}, 0, 1)": (1 << 32, 1 << 62),
+    "tract_core_resize(x, sizes = [4, {}], interpolator = 'linear')": (1 << 30, 1 << 62),
+    "tract_core_resize(x, scales = [1.0, {}.0], interpolator = 'linear')": (1 << 17, 1 << 40),
     "nearest_upsample(unsqueeze(x, axes = [0]), factor = [{}])": (1 << 17, 1 << 40),
     "multilinear_upsample(unsqueeze(x, axes = [0]), factor = [{}])": (1 << 17, 1 << 40),
     "max_pool(unsqueeze(x, axes = [0]), size = [1, 1, {}])": (1 << 23, 1 << 40),
@@ -257,7 +259,7 @@ def graphs(most: int) -> Iterator[Case]:
 
 
 def operands() -> Iterator[Case]:
-    """What tract takes for granted of arguments: axes of batch and channel, values of one type, a rank within reason."""
+    """What tract takes for granted of arguments: axes of batch and channel, values of one type, a rank within reason, one number."""
     for pool in ("max_pool", "avg_pool", "box", "rms_pool", "max_pool_with_index", "local_mean_normalization"):
         for operand, size in (
             ("1.0", []),
@@ -284,6 +286,33 @@ def operands() -> Iterator[Case]:
         )
     for axes in (65, 1_000, 5_000):
         yield f"unsqueeze {axes} times", text(f"y = unsqueeze(x, axes = {[0] * axes});")
+    for use in (
+        "tract_core_topk(x, k = {}, axis = 0, largest = true)[0]", "tract_core_trilu(x, k = {}, upper = true)", "tract_core_range({}, {}, {})",
+        "unsqueeze(x, axes = [{}])", "unsqueeze(x, axes = {})", "softmax(x, axes = {})", "pad(x, padding = [({}, 0), (0, 0)])",
+        "tract_core_cumsum(x, axis = {}, exclusive = false, reverse = false)", "external(shape = [{}])", "leaky_relu(x, alpha = {})",
+        "tract_core_dyn_slice(x, {}, 4, 4, axis = 1)", "tract_core_cast(x, to = {})", "max_reduce(x, axes = [1 - {}])",
+    ):  # fmt: skip
+        for empty in ("e", "slice(w, axes = [0], begin = [1], end = [1])", "w"):
+            body = f"e = slice(w, axes = [0], begin = [0], end = [0]);\ny = {use.format(*[empty] * 3)};"
+            yield f"{use} of {empty}", with_weight(dat((2,), 4, 64, 0, bytes(16)), body, "2")
+    for expression in ("x ^ e", "e ^ x", "x * e", "x ^ slice(w, axes = [0, 1], begin = [0, 0], end = [0, 1])"):
+        body = f"e = slice(w, axes = [0], begin = [4], end = [4]);\ny = {expression};"
+        yield f"{expression} of a constant without elements", with_weight(DATS["f32"], body)
+    state, gates = "slice(x, axes = [1], begin = [0], end = [8])", "slice(x, axes = [1], begin = [8], end = [32])"
+    for to in ("bool", "i8", "f16", "f64"):
+        other = f'tract_core_cast({{}}, to = "{to}")'
+        yield f"an LSTM with a state of {to}", text(f"y = tract_core_lstm_epilogue(x, {other.format(state)}, hidden = 8)[1];")
+        for operands in ((gates, other.format(gates), state), (gates, gates, other.format(state))):
+            yield f"a GRU of {operands}", text(f"y = tract_core_gru_epilogue({', '.join(operands)}, hidden = 8);")
+    for argument in ("stride", "dilation"):
+        for steps in ([0, 1], [1, -1], [1, -(1 << 31)]):
+            for call in ("conv(i, i", "deconv(i, i", "box(i, size = [1, 1, 1, 1]", "max_pool(i, size = [1, 1, 1, 1]", "debox(i, size = [1, 1, 1, 1]"):
+                asked = steps if "conv" in call else [1, 1, *steps]
+                yield f"{call} with {argument} {asked}", text(f"i = unsqueeze(x, axes = [0, 1]);\ny = {call}, {argument} = {asked});")
+    for expr, shape in (("ab,cb->ac", "4, 1"), ("ab,b->a", "1")):
+        for width in ("32", "S"):
+            body = f'z = external<scalar>(shape = [4, {width}]);\ny = tract_core_einsum([z, external<scalar>(shape = [{shape}])], expr = "{expr}", acc = "f32");'
+            yield f"a product {expr} of {width} by [{shape}]", text(body, head=HEAD + "extension tract_symbol S;\n")
 
 
 # How a packed weight w [64, 32] (v: [64, 64]) may not be used.
@@ -302,7 +331,7 @@ MISUSES = [
     "max_reduce(w, axes = [0])", "rsqr(w)", "squeeze(transpose(unsqueeze(w, axes = [0]), axes = [0, 2, 1]), axes = [0])",
     *[f"matmul(x, {same})" for same in ("copy(w)", "[w, x][0]", "(x, w)[1]", "transpose(w, axes = [0, 1])", "tile(w, repeats = [1, 1])",
                                         "slice(w, axes = [0], begin = [0], end = [32])", "concat([w], axis = 0)")],
-    "matmul(x, w, transposeB = copy(true))", "tract_core_rms_norm(w, axis = 1)", "max_pool(unsqueeze(w, axes = [0]), size = [1, 1, 2])",
+    "tract_core_rms_norm(w, axis = 1)", "max_pool(unsqueeze(w, axes = [0]), size = [1, 1, 2])",
 ]  # fmt: skip
 
 

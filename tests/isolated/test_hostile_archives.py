@@ -66,6 +66,7 @@ def test_what_they_were_made_from_loads():
     'tract_core_einsum([w, x], expr = "cb,ab->ac", acc = "f32")',
     'tract_core_gather(w, tract_core_cast(x, to = "i64"), axis = 0, datum_type = "f32")',
     "squeeze(matmul(unsqueeze(x, axes = [0]), unsqueeze(w, axes = [0]), transposeB = true), axes = [0])",
+    "matmul(x, w, transposeB = copy(true))",
     "conv(unsqueeze(x, axes = [2]), unsqueeze(w, axes = [2]), 0.0, padding = [(0, 0)], stride = [1], dilation = [1], groups = 1)",
 ])  # fmt: skip
 def test_uses_of_packed_weights_that_are_right_load_and_run(use):
@@ -78,6 +79,17 @@ def test_uses_of_packed_weights_that_are_right_load_and_run(use):
         ),
     ):  # fmt: skip
         assert not TractModel.load_bytes(content).run(x)["y"].any()  # all codes are 8, which is zero
+
+
+@pytest.mark.parametrize("padded", [
+    "pad(i, padding = [(0, 0), (0, 0), (256, 256), (256, 256)])",
+    "avg_pool(i, size = [1, 1, 3, 3], padding = [(0, 0), (0, 0), (257, 257), (257, 257)])",
+    "conv(i, w, padding = [(256, 256), (256, 256)])",
+])  # fmt: skip
+def test_padding_is_large_by_what_it_adds(padded):
+    weight = malformed.dat((1, 1, 1, 1), 0, 32, 0, bytes(4))
+    content = malformed.with_weight(weight, f"i = unsqueeze(x, axes = [0, 1]);\ny = {padded};", "1, 1, 1, 1")
+    assert TractModel.load_bytes(content).run(np.ones((4, 32), np.float32))["y"].shape == (1, 1, 516, 544)
 
 
 @pytest.mark.parametrize("weight", ["f32", "q40"])

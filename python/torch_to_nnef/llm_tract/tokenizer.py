@@ -70,13 +70,11 @@ class TextTokenizer:
         """
         if self._template is None:
             raise T2NErrorInvalidArgument("the model has no chat template: give it a text to go on from, not messages")
-        from jinja2 import TemplateError
-
         try:
             text = self._template.render(
                 messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **self._named
             )
-        except TemplateError as error:
+        except Exception as error:  # a template computes, and may raise what Python raises
             raise T2NErrorInvalidArgument(f"the chat template refuses these messages: {error}") from error
         # The template says all special tokens itself.
         return self._encode(text, add_special_tokens=False)
@@ -109,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one if there is no file. Raises `T2NErrorInvalidArgument` if it holds anything else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise T2NErrorInvalidArgument(f"{str(path)!r} is no JSON: {error}") from error
     if not isinstance(data, dict):
         raise T2NErrorInvalidArgument(f"{str(path)!r} holds no JSON object")
@@ -118,20 +116,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _content(token: Any) -> str:
     """A token is its text, or an object that says more of it."""
-    return str(token["content"] if isinstance(token, dict) else token)
+    text = token.get("content") if isinstance(token, dict) else token
+    try:
+        return str(text.encode(), "utf-8")
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise T2NErrorInvalidArgument(f"tokenizer_config.json: {token!r} is no token: {error}") from error
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> Template | None:
     file = folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    return None if source is None else _compiled(source)
+    try:
+        source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+        return None if source is None else _compiled(source)
+    except Exception as error:  # of what is no text, or no list of templates; of nesting and numbers in it
+        raise T2NErrorInvalidArgument(f"the chat template cannot be read: {error}") from error
 
 
 def _compiled(source: str) -> Template:
     """`source` with what transformers promises to chat templates. It comes with a checkpoint, so it runs in a sandbox."""
-    from jinja2 import TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -149,10 +153,7 @@ def _compiled(source: str) -> Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise T2NErrorInvalidArgument(f"the chat template cannot be read: {error}") from error
+    return environment.from_string(source)
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -26,6 +26,10 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name not in ("", "..") and name.isprintable() and len(name.encode()) < 256
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file beside `index`, the index of shards that says so.
 
@@ -33,9 +37,7 @@ def weight_map(index: Path) -> dict[str, str]:
     """
     try:
         files: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        outside = [
-            name for name in files.values() if Path(name).name != name or name in ("", "..") or not name.isprintable()
-        ]
+        outside = [name for name in files.values() if not _is_file_name(name)]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise T2NErrorInconsistentTensor(f"{index} is no index of shards: {type(error).__name__}: {error}") from error
     if outside:
