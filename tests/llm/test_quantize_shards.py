@@ -27,7 +27,7 @@ from torch_to_nnef.exceptions import (
 from torch_to_nnef.llm_tract import shard_work, shards
 from torch_to_nnef.llm_tract.export import export_llm
 from torch_to_nnef.llm_tract.options import LlmOptions
-from torch_to_nnef.llm_tract.shard_list import put
+from torch_to_nnef.llm_tract.shard_list import put, sealed
 from torch_to_nnef.llm_tract.shards import quantize_shards
 from torch_to_nnef.llm_tract.streaming import load_offloaded
 from torch_to_nnef.tensor.quant import QTensor, load_safetensors
@@ -124,6 +124,22 @@ def test_what_is_done_is_not_done_again(checkpoint, packed, begun, monkeypatch):
     assert content(begun) == content(packed)
 
 
+@pytest.mark.parametrize("where", ["model-*", ".t2n-work/*", "config.json", "model.safetensors.index.json"])
+def test_what_was_cut_or_deleted_is_made_again(checkpoint, packed, begun, monkeypatch, where):
+    if where.startswith("."):
+        monkeypatch.setattr(shard_work, "put_in_place", lambda *_: (_ for _ in ()).throw(T2NErrorRuntime("full")))
+        with pytest.raises(T2NErrorRuntime):
+            quantize_shards(options(checkpoint, begun), files=FILES)
+        monkeypatch.undo()
+    else:
+        shutil.copytree(packed, begun, dirs_exist_ok=True)
+    for path, keep in zip(sorted(begun.glob(where)), (0, 40, -1), strict=False):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:keep]) if path.suffix == ".safetensors" else path.unlink()
+    assert quantize_shards(options(checkpoint, begun), files=FILES).complete
+    assert content(begun) == content(packed)
+
+
 def killed(checkpoint, packed, folder, step):
     done = subprocess.run(
         [sys.executable, str(CHILD), str(checkpoint), str(packed), str(folder), str(FILES), str(step)],
@@ -177,12 +193,16 @@ def test_other_options_are_refused(checkpoint, begun, changed, files, match):
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_another_checkpoint_is_refused(checkpoint, packed, begun, tmp_path, complete):
+@pytest.mark.parametrize("change", ["header", "values"])
+def test_another_checkpoint_is_refused(checkpoint, packed, begun, tmp_path, complete, change):
     if complete:
         shutil.copytree(packed, begun, dirs_exist_ok=True)
     other = shutil.copytree(checkpoint, tmp_path / "other")
     path = sorted(other.glob("*.safetensors"))[1]
-    save_file(load_file(path), path, metadata={"format": "pt", "other": ""})
+    if change == "header":
+        save_file(load_file(path), path, metadata={"format": "pt", "other": ""})
+    else:  # as the next step of a training has them
+        save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     with pytest.raises(T2NErrorInvalidArgument, match=f"another checkpoint: {path.name} changed"):
         quantize_shards(options(other, begun), files=FILES)
 
@@ -212,17 +232,20 @@ def test_folders_that_cannot(checkpoint, packed, tmp_path):
             quantize_shards(options(checkpoint, tmp_path / "out"), share)
 
 
-def edited(edit):
+def edited(edit, seal=sealed):
     def damage(text):
         stored = json.loads(text)
         edit(stored, stored["outputs"][0]["entries"][0])
-        return json.dumps(stored)
+        return seal(stored)
 
     return damage
 
 
 DAMAGES = {
     "cut": lambda text: text[:-9],
+    "by hand": edited(lambda work, entry: entry.update(method=None), json.dumps),
+    "not sealed": edited(lambda work, entry: work.pop("digest"), json.dumps),
+    "name": edited(lambda work, entry: entry.update(name=1)),
     "no object": lambda text: "[]",
     "nested": lambda text: "[" * 100_000,
     "version": edited(lambda work, entry: work.update(version=2)),

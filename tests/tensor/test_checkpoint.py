@@ -114,6 +114,8 @@ def unchanged(model):
         (lambda t: t.pop("layers.1.running_mean"), "lacks 1 tensors of the model: layers.1.running_mean"),
         (lambda t: t.update(other=torch.ones(1)), "not part of the model: other; strict=False"),
         (lambda t: t.update({"layers.0.bias": torch.ones(31)}), r"layers.0.bias have another shape .*\(31,\).*\(32,\)"),
+        (lambda t: t.update({"layers.0.bias": torch.ones(32, dtype=torch.int32)}), "layers.0.bias hold torch.int32"),
+        (lambda t: t.update({"head.weight": torch.ones(64, 32)}), "other values in head.weight than in embed.weight"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path, edit, match):
@@ -124,6 +126,48 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path, edit, ma
     with pytest.raises(T2NErrorInconsistentTensor, match=match):
         t2n_load_checkpoint_and_dispatch(model, tmp_path)
     assert unchanged(model)
+
+
+@pytest.mark.parametrize("device_map", [None, ["cpu"], torch.device("cpu"), {"": None}])
+def test_a_map_that_is_none(folder, device_map):
+    with pytest.raises(T2NErrorInvalidArgument, match="device_map"):
+        t2n_load_checkpoint_and_dispatch(empty(), folder, device_map)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float16"])
+def test_a_dtype_that_holds_no_weights(folder, dtype):
+    with pytest.raises(T2NErrorInvalidArgument, match="dtype"):
+        t2n_load_checkpoint_and_dispatch(empty(), folder, dtype=dtype)
+
+
+def test_a_model_with_values_keeps_them_only_where_that_is_asked_for(tmp_path):
+    tensors = state(net())
+    del tensors["layers.0.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    model, own = net(), torch.full((32,), 7.0)
+    model.layers[0].bias.data = own
+    with pytest.raises(T2NErrorInconsistentTensor, match="lacks 1 tensors of the model: layers.0.bias"):
+        t2n_load_checkpoint_and_dispatch(model, tmp_path)
+    t2n_load_checkpoint_and_dispatch(model, tmp_path, strict=False)
+    assert torch.equal(model.layers[0].bias, own)
+    assert isinstance(model.layers[0].weight, OffloadedTensor)
+
+
+def test_what_no_checkpoint_holds(tmp_path):
+    save_file(state(net()), tmp_path / "model.safetensors")
+    for device in ("cpu", "meta"):
+        model = empty()
+        model.register_buffer("steps", torch.ones(1, device=device), persistent=False)
+        if device == "meta":
+            with pytest.raises(T2NErrorInconsistentTensor, match="steps, which is in no checkpoint: give it a value"):
+                t2n_load_checkpoint_and_dispatch(model, tmp_path)
+        else:
+            assert t2n_load_checkpoint_and_dispatch(model, tmp_path).steps == 1
+
+
+def test_a_tied_weight_may_be_there_twice(tmp_path):
+    save_file({**state(net()), "head.weight": net().head.weight.detach().clone()}, tmp_path / "model.safetensors")
+    assert torch.equal(t2n_load_checkpoint_and_dispatch(empty(), tmp_path)(IDS), net()(IDS))
 
 
 def test_more_may_be_left_out(tmp_path, caplog):

@@ -97,6 +97,12 @@ def test_computes_on_plain_values(plain, name):
         lambda t: t.view(5, -1),
         lambda t: torch.cat([t, t[0]]),
         lambda t: torch.stack([t, t[:2]]),
+        lambda t: t.split(2, 3),
+        lambda t: torch.ops.aten.slice(t, 3, 0, 1),
+        lambda t: torch.stack([t, t], 4),
+        lambda t: t[0, 0, 0].select(0, 0),
+        lambda t: t[0, 0, 0][1:],
+        lambda t: t[0, 0, 0].split(1),
     ],
 )
 def test_what_torch_refuses_is_refused(plain, wrong):

@@ -24,7 +24,7 @@ from torch_to_nnef.exceptions import (
 )
 from torch_to_nnef.files import writing
 from torch_to_nnef.quantize.targets import Use
-from torch_to_nnef.tensor.extents import DTYPE_NAMES, ByteFile, Extent
+from torch_to_nnef.tensor.extents import DTYPE_NAMES, ByteFile, Extent, safetensors_extents
 from torch_to_nnef.tensor.offload import OffloadedTensor
 
 MANIFEST, WORK = "quantize-shards.json", ".t2n-work"
@@ -32,6 +32,7 @@ OUTPUTS = "model-*-of-*.safetensors"
 # What no checkpoint can call a file: tensors that transformers computed, in the work folder.
 COMPUTED = "/computed.safetensors"
 _VERSION = 1
+_SAMPLES, _SAMPLE_BYTES = 64, 64
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -72,7 +73,7 @@ class Output:
 class WorkList:
     """What is to be done, in order. The same checkpoint and options give the same list.
 
-    options: registry, method and what else decides about weights. sources: digest of each file's size and header.
+    options: registry, method and what else decides about weights. sources: `digest_of` each file.
     """
 
     options: Mapping[str, Any]
@@ -81,7 +82,7 @@ class WorkList:
 
     def save(self, out: Path) -> None:
         """Write it to `out`, in one step."""
-        put(out, MANIFEST, json.dumps({"version": _VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n")
+        put(out, MANIFEST, sealed({"version": _VERSION, **asdict(self)}))
 
     @classmethod
     def load(cls, out: Path) -> WorkList | None:
@@ -92,6 +93,8 @@ class WorkList:
                 return None
             stored = json.loads(path.read_bytes())
             _check_version(stored["version"])
+            if stored["digest"] != _digest(stored):
+                raise ValueError("it was changed by hand")
             outputs = tuple(_output(output) for output in stored["outputs"])
             return cls(dict(stored["options"]), dict(stored["sources"]), outputs)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as damage:
@@ -145,15 +148,41 @@ def put(out: Path, name: str, content: str | bytes) -> None:
         put_in_place(beside, out / name)
 
 
+def sealed(work: Mapping[str, Any]) -> str:
+    """The JSON of a work list, with a digest by which changes are noticed."""
+    return json.dumps({**work, "digest": _digest(work)}, indent=1, sort_keys=True) + "\n"
+
+
+def _digest(work: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in work.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def digest_of(path: Path) -> str:
-    """Of the size and the header of a safetensors file: neither its place nor its time. Raises `T2NErrorNotFoundFile`."""
+    """Of the size of a safetensors file, its header, and bytes from all over it, which training changes: neither its place nor its time.
+
+    Raises `T2NErrorNotFoundFile`.
+    """
     try:
         with path.open("rb") as file:
             size, length = path.stat().st_size, file.read(8)
-            header = file.read(min(int.from_bytes(length, "little"), 100_000_000))
+            seen = hashlib.sha256(b"%d " % size + length)
+            seen.update(file.read(min(int.from_bytes(length, "little"), 100_000_000)))
+            start = file.tell()
+            for place in range(start, size, max(1, (size - start) // _SAMPLES)):
+                file.seek(place)
+                seen.update(file.read(_SAMPLE_BYTES))
     except OSError as error:
         raise T2NErrorNotFoundFile(f"cannot read {path}: {error}") from error
-    return hashlib.sha256(b"%d " % size + length + header).hexdigest()
+    return seen.hexdigest()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there, and as long as its header says."""
+    try:
+        return all(True for _ in safetensors_extents(path))
+    except (T2NErrorNotFoundFile, T2NErrorInconsistentTensor):
+        return False
 
 
 def divided(entries: list[Entry], files: int) -> Iterator[list[Entry]]:
@@ -183,6 +212,8 @@ def _output(stored: Mapping[str, Any]) -> Output:
 
 
 def _entry(name: str, shape: Any, dtype: str, extents: Any, uses: Any, method: str | None) -> Entry:
+    if type(name) is not str:
+        raise TypeError(f"{name!r} is no name of a tensor")
     extents = tuple((str(file), int(offset), int(nbytes)) for file, offset, nbytes in extents)
     for file, offset, nbytes in extents:
         if file != COMPUTED:

@@ -11,7 +11,7 @@ from torch import nn
 from torch_to_nnef._native import put_in_place
 from torch_to_nnef.compress import Choice, dynamic_load_registry
 from torch_to_nnef.exceptions import T2NError
-from torch_to_nnef.llm_tract.shard_list import WORK, Entry, Sources, WorkList
+from torch_to_nnef.llm_tract.shard_list import WORK, Entry, Sources, WorkList, is_whole
 from torch_to_nnef.quantize.targets import Selection, Use
 from torch_to_nnef.tensor.offload import OffloadedTensor, scratch_in
 from torch_to_nnef.tensor.quant import save_safetensors
@@ -22,7 +22,7 @@ Progress = Callable[[int, str], None]
 
 
 def quantize_output(work: WorkList, number: int, checkpoint: Path, out: Path, progress: Progress | None = None) -> None:
-    """Make file `number` of `work` in `out`, unless it is there; weights that an earlier run packed are taken as they are.
+    """Make file `number` of `work` in `out`, unless it is there; weights that an earlier run packed are taken as they are. What is cut is made again.
 
     Two workers at the same file do no harm: what each puts in place is whole, and the same.
 
@@ -30,12 +30,12 @@ def quantize_output(work: WorkList, number: int, checkpoint: Path, out: Path, pr
     """
     folder, sources = out / WORK, Sources(checkpoint, out)
     target = out / work.outputs[number].name
-    if target.exists():
+    if is_whole(target):
         return
     try:
         parts = _make(work, number, sources, folder, target, progress)
     except (T2NError, OSError):
-        if not target.exists():  # else another worker was faster, and cleared up
+        if not is_whole(target):  # else another worker was faster, and cleared up
             raise
         return
     for part in parts:
@@ -51,7 +51,7 @@ def _make(
     for position, entry in enumerate(work.outputs[number].entries):
         if entry.method is not None:
             parts[entry.name] = part = folder / f"{number:05d}-{position:05d}.safetensors"
-            if not part.exists():
+            if not is_whole(part):
                 save_safetensors(_packed(work, entry, sources, folder), part)
         if progress:
             progress(entry.nbytes, entry.name)

@@ -32,6 +32,7 @@ from torch_to_nnef.llm_tract.shard_list import (
     digest_of,
     divided,
     dtype_name,
+    is_whole,
     named,
     put,
 )
@@ -266,10 +267,10 @@ def _methods(model: Any, uses: Mapping[str, Any], options: LlmOptions) -> dict[s
 def _complete(work: WorkList, checkpoint: Path, out: Path) -> Shards:
     """If every file is there: what else a checkpoint has, the index last; then nothing else is left."""
     paths = [out / output.name for output in work.outputs]
-    done = [path for path in paths if path.exists()]
+    done = [path for path in paths if is_whole(path)]
     before = sum(output.nbytes for output in work.outputs)
     after = sum(path.stat().st_size for path in done)
-    if len(done) == len(paths) and not (out / INDEX).exists():
+    if len(done) == len(paths) and not all((out / name).exists() for name in ("config.json", INDEX)):
         _copy_description(work, checkpoint, out)
         names = {entry.name: output.name for output in work.outputs for entry in output.entries}
         put(out, INDEX, json.dumps({"metadata": {"total_size": after}, "weight_map": names}, indent=1) + "\n")

@@ -19,6 +19,7 @@ from torch_to_nnef.tensor.updater import ModTensorUpdater
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ON_DISK, IN_MEMORY = "t2n_offload_disk", "cpu"
 _SHOWN = 5  # names in a message
+_COMPARED = 1 << 20  # elements that are read at a time
 
 
 def few(names: Sequence[str]) -> str:
@@ -94,20 +95,30 @@ def t2n_load_checkpoint_and_dispatch(
         device_map: `t2n_offload_disk`, `cpu` (read now), or a mapping of module names to these; of several prefixes of a name the longest
             counts, `""` is all.
         dtype: To read floating point values as; default: as they are stored.
-        strict: Refuse tensors of the checkpoint that the model has not; else they are logged.
+        strict: Refuse tensors of the checkpoint that the model has not, else they are logged; and a checkpoint without some that the
+            model has values for, else they stay.
 
     Raises:
         T2NErrorNotFoundFile: No checkpoint there, or a file that its index names is not.
-        T2NErrorInconsistentTensor: A damaged file; another shape than the model has; tensors of either that the other lacks.
-        T2NErrorInvalidArgument: A device map that says something else.
+        T2NErrorInconsistentTensor: A damaged file; another shape than the model has; tensors of either that the other lacks; different
+            values for a weight that the model shares.
+        T2NErrorInvalidArgument: A device map that says something else; a dtype that is none of floating point.
 
     """
     places = _device_map(device_map)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise T2NErrorInvalidArgument(f"dtype: {dtype!r} is no dtype of floating point")
     tensors = checkpoint_tensors(Path(checkpoint))
     held = ModTensorUpdater(model)
     names = {place.fqn: tensor for _, tensor in held.tensors() for place in held.places(tensor)}
     given = {id(names[name]) for name in tensors if name in names}
-    if missing := [name for name, tensor in names.items() if tensor.is_meta and id(tensor) not in given]:
+    kept = model.state_dict().keys()
+    absent = [name for name, tensor in names.items() if id(tensor) not in given]
+    if unset := [name for name in absent if name not in kept and names[name].is_meta]:
+        raise T2NErrorInconsistentTensor(
+            f"the model has no value for {few(unset)}, which is in no checkpoint: give it a value first"
+        )
+    if missing := [name for name in absent if name in kept and (strict or names[name].is_meta)]:
         raise T2NErrorInconsistentTensor(f"{checkpoint} lacks {len(missing)} tensors of the model: {few(missing)}")
     if unused := [name for name in tensors if name not in names]:
         said = f"{len(unused)} tensors of {checkpoint} are not part of the model: {few(unused)}"
@@ -119,10 +130,21 @@ def t2n_load_checkpoint_and_dispatch(
         raise T2NErrorInconsistentTensor(
             f"{checkpoint}: {few(other)} have another shape than in the model, {shapes[0]} and not {shapes[1]}"
         )
+    if other := [
+        n for n in tensors if n in names and names[n].is_floating_point() != tensors[n].is_floating_point()
+    ]:
+        dtypes = tensors[other[0]].dtype, names[other[0]].dtype
+        raise T2NErrorInconsistentTensor(f"{checkpoint}: {few(other)} hold {dtypes[0]}, in the model {dtypes[1]}")
+    first: dict[int, str] = {}
+    for name in filter(names.__contains__, tensors):
+        known = first.setdefault(id(names[name]), name)
+        if not _same_values(tensors[known], tensors[name]):
+            raise T2NErrorInconsistentTensor(
+                f"{checkpoint} has other values in {name} than in {known}, which are one weight in the model"
+            )
     new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name not in names or id(names[name]) in new:
-            continue
+    for name in first.values():
+        tensor = tensors[name]
         value = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         on_disk = isinstance(names[name], nn.Parameter) and _place_of(name, places) == ON_DISK
         new[id(names[name])] = names[name], value if on_disk else in_memory(value)
@@ -131,9 +153,16 @@ def t2n_load_checkpoint_and_dispatch(
     return model
 
 
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b or isinstance(a, QTensor):
+        return a is b or (isinstance(b, QTensor) and a.is_identical(b))
+    parts = (tensor.reshape(-1).split(_COMPARED) for tensor in (a, b))
+    return a.dtype == b.dtype and all(torch.equal(x, y) for x, y in zip(*parts, strict=True))
+
+
 def _device_map(device_map: str | Mapping[str, str]) -> Mapping[str, str]:
-    places = {"": device_map} if isinstance(device_map, str) else device_map
-    if wrong := sorted(set(places.values()) - {ON_DISK, IN_MEMORY}):
+    places = device_map if isinstance(device_map, Mapping) else {"": device_map}
+    if wrong := [place for place in places.values() if place not in (ON_DISK, IN_MEMORY)]:
         raise T2NErrorInvalidArgument(f"device_map: {wrong[0]!r} is neither {ON_DISK!r} nor {IN_MEMORY!r}")
     return places
 

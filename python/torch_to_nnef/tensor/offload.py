@@ -195,10 +195,14 @@ def _view(x: OffloadedTensor, size: Sequence[int]) -> OffloadedTensor:
     return x._derive(_shape(x).view(size).shape)
 
 
+def _is_first(x: torch.Tensor, dim: int) -> bool:
+    return x.dim() > 0 and dim in (0, -x.dim())
+
+
 def _slice(
     x: OffloadedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> OffloadedTensor | None:
-    if dim % x.dim() or step != 1:
+    if not _is_first(x, dim) or step != 1:
         return None
     first, last, _ = slice(start, end).indices(x.shape[0])
     row, count = prod(x.shape[1:]), max(0, last - first)
@@ -206,7 +210,7 @@ def _slice(
 
 
 def _select(x: OffloadedTensor, dim: int, index: int) -> OffloadedTensor | None:
-    if dim % x.dim():
+    if not _is_first(x, dim):
         return None
     shape = _shape(x).select(dim, index).shape
     row, at = prod(shape), index % x.shape[0]
@@ -214,7 +218,7 @@ def _select(x: OffloadedTensor, dim: int, index: int) -> OffloadedTensor | None:
 
 
 def _split(x: OffloadedTensor, size: int | Sequence[int], dim: int = 0) -> list[OffloadedTensor] | None:
-    if dim % x.dim():
+    if not _is_first(x, dim):
         return None
     ends = list(accumulate((len(part) for part in _shape(x).split(size)), initial=0))  # type: ignore[no-untyped-call]
     return [cast("OffloadedTensor", _slice(x, 0, start, end)) for start, end in pairwise(ends)]
@@ -236,7 +240,7 @@ def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> OffloadedTensor | Non
 def _stack(tensors: Sequence[torch.Tensor], dim: int = 0) -> OffloadedTensor | None:
     if not all(isinstance(t, OffloadedTensor) for t in tensors):
         return None
-    dim %= tensors[0].dim() + 1
+    dim %= torch.stack([_shape(t) for t in tensors], dim).dim()
     alike = cast("Sequence[OffloadedTensor]", tensors)
     return _cat([t._derive((*t.shape[:dim], 1, *t.shape[dim:])) for t in alike], dim)
 
