@@ -189,6 +189,11 @@ impl Header {
         self.payload_len.into()
     }
 
+    /// Whether its payload may hold `bytes`: of booleans, 0 and 1.
+    pub fn admits(&self, bytes: &[u8]) -> bool {
+        self.dtype != DatType::Bool || bytes.iter().all(|&byte| byte < 2)
+    }
+
     /// Bytes of the whole file.
     pub fn file_len(&self) -> u64 {
         self.payload_len() + HEADER_LEN as u64
@@ -273,6 +278,9 @@ pub fn read(path: &Path, stop: &AtomicBool) -> Result<(Header, Vec<u8>)> {
             return Err(Error::Interrupted);
         }
         file.read_exact(chunk).map_err(Error::io(path))?;
+        if !header.admits(chunk) {
+            return Err(Error::InconsistentTensor(format!("{}: a boolean is neither 0 nor 1", path.display())));
+        }
     }
     Ok((header, payload))
 }

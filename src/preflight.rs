@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use crate::archive::{self, Member};
-use crate::dat::{HEADER_LEN, Header};
+use crate::dat::{DatType, HEADER_LEN, Header};
 use crate::error::{Error, Result};
 
 pub use graph::RESERVED;
@@ -107,6 +107,15 @@ fn check_dat(member: &mut Member) -> std::result::Result<(), String> {
     let header = Header::decode(&bytes).map_err(|e| e.to_string())?;
     if member.size() != header.file_len() {
         return Err(format!("{} bytes, its header announces {}", member.size(), header.file_len()));
+    }
+    // Any other byte is undefined behaviour once tract takes it for a boolean.
+    let mut part = [0; 4096];
+    while header.dtype() == DatType::Bool {
+        match member.read(&mut part).map_err(|e| e.to_string())? {
+            0 => break,
+            length if header.admits(&part[..length]) => {}
+            _ => return Err("a boolean is neither 0 nor 1".to_owned()),
+        }
     }
     Ok(())
 }

@@ -91,7 +91,8 @@ pub fn check(model: &TypedModel) -> Result<Vec<Equal>, String> {
 fn check_operands(model: &TypedModel, node: &TypedNode, constant: &HashSet<usize>) -> Checked {
     let facts = model.node_input_facts(node.id).map_err(|e| format!("{e:#}"))?;
     let empty = |fact: &TypedFact| fact.shape.iter().any(|size| *size == TDim::Val(0));
-    if node.op_is::<TypedBinOp>() && node.inputs.iter().zip(&facts).any(|(i, f)| constant.contains(&i.node) && empty(f)) {
+    if node.op_is::<TypedBinOp>() && node.inputs.iter().zip(&facts).any(|(i, f)| constant.contains(&i.node) && empty(f))
+    {
         return Err("an operand is a constant without elements".to_owned());
     }
     if ONE_TYPE.contains(&&*node.op.name()) && facts.iter().any(|fact| fact.datum_type != facts[0].datum_type) {

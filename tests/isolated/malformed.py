@@ -87,6 +87,11 @@ def dats() -> Iterator[Case]:
                 changed = bytearray(content)
                 struct.pack_into(form, changed, at, value)
                 yield f"{kind}: {field} at {at} is {value:#x}", bytes(changed)
+    for value in (2, 0x7F, 0xFF):
+        for at in (0, 127):
+            changed = bytearray(128)
+            changed[at] = value
+            yield f"a boolean of {value} at {at}", dat((4, 32), 5, 8, 0, bytes(changed))
 
 
 def headers() -> Iterator[Case]:
