@@ -128,9 +128,7 @@ def t2n_load_checkpoint_and_dispatch(
         raise T2NErrorInconsistentTensor(
             f"{checkpoint}: {few(other)} have another shape than in the model, {shapes[0]} and not {shapes[1]}"
         )
-    if other := [
-        n for n in tensors if n in names and names[n].is_floating_point() != tensors[n].is_floating_point()
-    ]:
+    if other := [n for n in tensors if n in names and names[n].is_floating_point() != tensors[n].is_floating_point()]:
         dtypes = tensors[other[0]].dtype, names[other[0]].dtype
         raise T2NErrorInconsistentTensor(f"{checkpoint}: {few(other)} hold {dtypes[0]}, in the model {dtypes[1]}")
     first: dict[int, str] = {}
