@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::fsio::placed;
+
 /// Result of every fallible function of the core.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -40,8 +42,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// Adapter for `map_err` on calls that touch `path`.
+    /// Adapter for `map_err` on calls that touch `path`; what is unfinished is called by the name it is for.
     pub fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
-        move |source| Self::Io { path: path.to_path_buf(), source }
+        move |source| Self::Io { path: placed(path), source }
     }
 }

@@ -27,15 +27,13 @@ impl AtomicFile {
     /// Starts a file beside `target`, which may exist as a file (a link is replaced, not followed).
     pub fn create(target: &Path) -> Result<Self> {
         let parent = parent_of(target)?;
-        if fs::metadata(target).is_ok_and(|found| !found.is_file()) {
-            return Err(Error::InvalidArgument(format!("{} exists and is not a file", target.display())));
-        }
+        check_kind(target, false)?;
         let mut builder = Builder::new();
         builder.prefix(TEMP_PREFIX).rand_bytes(RANDOM);
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
         let temp = owned(|| {
-            let temp = builder.tempfile_in(parent)?;
+            let temp = builder.tempfile_in(parent).map_err(plain)?;
             Ok(own(temp.path(), temp.as_file()).then_some(temp))
         });
         Ok(Self { temp: temp.map_err(Error::io(target))?, target: target.to_path_buf() })
@@ -73,9 +71,7 @@ impl AtomicFolder {
     /// Starts an empty folder beside `target`, which may exist as a folder.
     pub fn create(target: &Path) -> Result<Self> {
         let parent = parent_of(target)?;
-        if fs::symlink_metadata(target).is_ok_and(|found| !found.is_dir()) {
-            return Err(Error::InvalidArgument(format!("{} exists and is not a folder", target.display())));
-        }
+        check_kind(target, true)?;
         let temp = OwnedFolder::create(parent, TEMP_PREFIX).map_err(Error::io(target))?;
         Ok(Self { temp, target: target.to_path_buf() })
     }
@@ -155,7 +151,7 @@ impl Drop for OwnedFolder {
 impl OwnedFolder {
     fn create(parent: &Path, prefix: &str) -> io::Result<Self> {
         owned(|| {
-            let temp = Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent)?;
+            let temp = Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent).map_err(plain)?;
             let owner = process::id();
             if cfg!(not(unix)) {
                 return Ok(Some(Self { temp, owner, _lock: None })); // folders cannot be opened there
@@ -235,12 +231,8 @@ fn put_back(aside: &Path, folder: &Path) -> io::Result<()> {
 /// Makes a finished file or folder durable and renames it to `target`; what was there of the same kind is replaced in
 /// one step. `new` lies on the same file system.
 pub fn put_in_place(new: &Path, target: &Path, stop: &AtomicBool) -> Result<()> {
-    let kind = |path: &Path| fs::symlink_metadata(path).map(|found| found.is_dir());
-    let folder = kind(new).map_err(Error::io(new))?;
-    if kind(target).is_ok_and(|existing| existing != folder) {
-        let wanted = if folder { "folder" } else { "file" };
-        return Err(Error::InvalidArgument(format!("{} exists and is not a {wanted}", target.display())));
-    }
+    let folder = fs::symlink_metadata(new).map_err(Error::io(new))?.is_dir();
+    check_kind(target, folder)?;
     sync_tree(new, stop)?;
     if folder {
         put_folder(new, target)?;
@@ -249,6 +241,27 @@ pub fn put_in_place(new: &Path, target: &Path, stop: &AtomicBool) -> Result<()> 
     }
     fs::rename(new, target).map_err(Error::io(target))?;
     sync_folder(parent_of(target)?)
+}
+
+/// Refuses to replace at `target` anything but a folder, or but a file or a link to one.
+fn check_kind(target: &Path, folder: bool) -> Result<()> {
+    let found = if folder { fs::symlink_metadata(target) } else { fs::metadata(target) };
+    if found.is_ok_and(|found| !(if folder { found.is_dir() } else { found.is_file() })) {
+        let wanted = if folder { "folder" } else { "file" };
+        return Err(Error::InvalidArgument(format!("{} exists and is not a {wanted}", placed(target).display())));
+    }
+    Ok(())
+}
+
+/// `path` as it will be once what is unfinished is in place.
+pub fn placed(path: &Path) -> PathBuf {
+    path.components().filter(|part| !part.as_os_str().as_encoded_bytes().starts_with(TEMP_PREFIX.as_bytes())).collect()
+}
+
+/// An error of `tempfile` without the path that it adds: [`Error::io`] adds one that callers know.
+fn plain(error: io::Error) -> io::Error {
+    let text = error.to_string();
+    io::Error::new(error.kind(), text.split(" at path ").next().unwrap_or_default())
 }
 
 /// Afterwards what was at `target`, if anything, is at `new`.

@@ -15,9 +15,8 @@ from torch_to_nnef.exceptions import (
     T2NErrorInvalidArgument,
     T2NErrorNotFoundFile,
     T2NErrorNotImplemented,
-    T2NErrorRuntime,
 )
-from torch_to_nnef.files import require_space
+from torch_to_nnef.files import require_space, writing
 from torch_to_nnef.nnef.writer import raw_bytes
 from torch_to_nnef.op.dtypes import tract_dtype
 from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly, load_safetensors, stored_nbytes
@@ -42,11 +41,9 @@ def export_tensors_to_nnef(name_to_torch_tensors: Mapping[str, torch.Tensor], ou
     check_dats([_described(name, tensor) for name, tensor in name_to_torch_tensors.items()])
     require_space(output_dir, sum(map(stored_nbytes, name_to_torch_tensors.values())))
     paths = [output_dir / f"{name}.dat" for name in name_to_torch_tensors]
-    try:
-        for folder in dict.fromkeys([output_dir, *(path.parent for path in paths)]):
+    for folder in dict.fromkeys([output_dir, *(path.parent for path in paths)]):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise T2NErrorRuntime(f"cannot make a folder in {output_dir}: {error}") from error
     for folder in dict.fromkeys(path.parent for path in paths):
         sweep(folder)
     for path, (name, tensor) in zip(paths, name_to_torch_tensors.items(), strict=True):

@@ -9,7 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch_to_nnef._native import Staging, put_in_place
-from torch_to_nnef.exceptions import T2NErrorRuntime
+from torch_to_nnef.exceptions import T2NError, T2NErrorRuntime
+
+# As TEMP_PREFIX in src/fsio.rs.
+_UNFINISHED = ".t2n-unfinished-"
 
 
 @contextmanager
@@ -27,11 +30,20 @@ def staged(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say of an `OSError` of the block that `path` could not be written, as `T2NErrorRuntime`."""
+    """Say of what the system, or Python about a path, says in the block that `path` could not be written, as `T2NErrorRuntime`."""
     try:
         yield
-    except OSError as error:
-        raise T2NErrorRuntime(f"cannot write {os.fspath(path)!r}: {error}") from error
+    except T2NError:
+        raise
+    except (OSError, ValueError) as error:
+        # Without the temporary path that `str(error)` has.
+        why = getattr(error, "strerror", None) or error
+        raise T2NErrorRuntime(f"cannot write {str(placed(path))!r}: {why}") from error
+
+
+def placed(path: Path) -> Path:
+    """`path` as it will be once what is unfinished is in place."""
+    return Path(*(part for part in path.parts if not part.startswith(_UNFINISHED)))
 
 
 @contextmanager

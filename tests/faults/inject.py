@@ -162,6 +162,8 @@ class Case:
             return f"raised {error!r}"
         if error is not None and not isinstance(error, (T2NError, KeyboardInterrupt, Terminated)):
             return "".join(traceback.format_exception(error))
+        if ".t2n-unfinished" in str(error):
+            return f"a path that no user knows: {error}"
         killed = isinstance(error, Terminated) and fault.value == signal.SIGKILL
         # What is unfinished may itself fail to go, or to be opened for that.
         if len(left) > (1 if killed or fault.op in ("remove", "open") else 0):

@@ -17,7 +17,7 @@ import pytest
 from durable import calls, problems
 
 from torch_to_nnef import _native, files
-from torch_to_nnef.exceptions import T2NErrorNotFoundFile, T2NErrorRuntime
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotFoundFile, T2NErrorRuntime
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -203,6 +203,59 @@ def test_the_one_that_ends_last_stays_though_it_began_first(tmp_path):
 
 
 # What comes before and after
+
+
+def test_only_files_are_replaced_by_files_and_folders_by_folders(tmp_path):
+    """Not a device, a pipe, or a link to a folder: /dev/null is still one afterwards."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "link", "pipe"):
+        with (
+            pytest.raises(T2NErrorInvalidArgument, match="exists and is not a file"),
+            files.staged(tmp_path / name) as x,
+        ):
+            x.write_text("")
+    for name in ("link", "pipe"):
+        with pytest.raises(T2NErrorInvalidArgument, match="is not a folder"), files.staged(tmp_path / name) as x:
+            x.mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def writers():
+    import torch
+
+    from torch_to_nnef import export_tensors_to_nnef
+    from torch_to_nnef.tensor.quant import quantize_q40, save_safetensors
+
+    packed = quantize_q40(torch.ones(2, 32))
+    tensors = {"w": torch.ones(3), "q": packed}
+
+    def staged(path):
+        with files.staged(path) as beside, files.writing(beside):
+            beside.write_text("")
+
+    return {
+        "staged": staged,
+        "text": lambda path: _native.write_text(path, ""),
+        "archive": lambda path: _native.ArchiveWriter(path, "tar").finish(),
+        "folder": lambda path: _native.ArchiveWriter(path, "folder").finish(),
+        "safetensors": lambda path: save_safetensors(tensors, path),
+        "tensors": lambda path: export_tensors_to_nnef(tensors, path),
+        "tensor": lambda path: packed.write_in_file(path, "x"),
+    }
+
+
+@pytest.mark.parametrize("place", ["x" * 256, "file/x", "a\0b"], ids=["too long", "in a file", "no name"])
+def test_errors_name_what_the_user_named(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    for name, write in writers().items():
+        with pytest.raises(T2NErrorRuntime) as caught:
+            write(tmp_path / place)
+        assert str(tmp_path / place.partition("/")[0]).partition("\0")[0] in str(caught.value), name
+        assert ".t2n-" not in str(caught.value), name
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_the_dead_left_goes_and_what_is_alive_stays(tmp_path):

@@ -146,7 +146,7 @@ def test_a_model_with_values_keeps_them_only_where_that_is_asked_for(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     model, own = net(), torch.full((32,), 7.0)
     model.layers[0].bias.data = own
-    with pytest.raises(T2NErrorInconsistentTensor, match="lacks 1 tensors of the model: layers.0.bias"):
+    with pytest.raises(T2NErrorInconsistentTensor, match=r"lacks 1 tensors of the model: layers\.0\.bias"):
         t2n_load_checkpoint_and_dispatch(model, tmp_path)
     t2n_load_checkpoint_and_dispatch(model, tmp_path, strict=False)
     assert torch.equal(model.layers[0].bias, own)

@@ -27,7 +27,7 @@ import torch
 from torch_to_nnef._native import write_text
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorRuntime
 from torch_to_nnef.export import staged
-from torch_to_nnef.files import alone_in, writing
+from torch_to_nnef.files import alone_in, placed, writing
 from torch_to_nnef.isolated import save_arrays
 from torch_to_nnef.llm_tract.model import read_modes
 
@@ -142,7 +142,7 @@ class Layout:
             try:
                 tokenizer.save_pretrained(self.tokenizer)
             except Exception as error:  # tokenizers has no other class for a full disk
-                raise T2NErrorRuntime(f"cannot write the tokenizer {str(self.tokenizer)!r}: {error}") from error
+                raise T2NErrorRuntime(f"cannot write the tokenizer {str(placed(self.tokenizer))!r}: {error}") from error
         where = {"archive": self.archive, "config": self.config, "tokenizer": self.tokenizer if tokenizer else None}
         files = {kind: path and path.relative_to(self.folder).as_posix() for kind, path in where.items()}
         write_text(self.modes, json.dumps({**modes, "files": files}, indent=2) + "\n")
@@ -164,8 +164,9 @@ def replaced_folder(options: LlmOptions) -> Iterator[Layout]:
 
     Raises `T2NErrorInvalidArgument`, before the block, for a folder that may not or cannot be replaced.
     """
-    path = options.export_dirpath.resolve()
-    _check_place(path, options.ignore_already_exist_dir)
+    with writing(options.export_dirpath):
+        path = options.export_dirpath.resolve()
+        _check_place(path, options.ignore_already_exist_dir)
     with ExitStack() as until_placed, staged(path) as beside:
         layout = Layout(beside, options.export_dir_struct)
         with writing(path):

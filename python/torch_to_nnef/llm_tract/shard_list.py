@@ -93,8 +93,7 @@ class WorkList:
                 return None
             stored = json.loads(path.read_bytes())
             _check_version(stored["version"])
-            if stored["digest"] != _digest(stored):
-                raise ValueError("it was changed by hand")
+            _check_seal(stored)
             outputs = tuple(_output(output) for output in stored["outputs"])
             return cls(dict(stored["options"]), dict(stored["sources"]), outputs)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as damage:
@@ -230,6 +229,11 @@ def _entry(name: str, shape: Any, dtype: str, extents: Any, uses: Any, method: s
 def _check_version(version: object) -> None:
     if version != _VERSION:
         raise ValueError(f"version {version} is not {_VERSION}")
+
+
+def _check_seal(stored: Mapping[str, Any]) -> None:
+    if stored["digest"] != _digest(stored):
+        raise ValueError("it was changed by hand")
 
 
 def _check_name(file: str) -> None:

@@ -22,9 +22,9 @@ Progress = Callable[[int, str], None]
 
 
 def quantize_output(work: WorkList, number: int, checkpoint: Path, out: Path, progress: Progress | None = None) -> None:
-    """Make file `number` of `work` in `out`, unless it is there; weights that an earlier run packed are taken as they are. What is cut is made again.
+    """Make file `number` of `work` in `out`, unless it is there; weights that an earlier run packed are taken as they are.
 
-    Two workers at the same file do no harm: what each puts in place is whole, and the same.
+    What is cut is made again. Two workers at the same file do no harm: what each puts in place is whole, and the same.
 
     Raises what the method raises, `T2NErrorRuntime` where the system cannot write, `T2NErrorInconsistentTensor` for files that changed.
     """

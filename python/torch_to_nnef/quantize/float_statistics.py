@@ -163,7 +163,7 @@ def cached(
     """
     state = model_digest(model)
     data = None if calibration is None else calibration_digest(calibration)
-    if not path.exists():
+    if not _is_there(path):
         if calibration is None:
             raise T2NErrorInvalidArgument(f"no calibration, and no cache of an earlier one at {str(path)!r}")
         _write(path, FloatWalk(model, targets, calibration, step), {"model": state, "calibration": data})
@@ -174,7 +174,13 @@ def calibration_unless_cached(
     given: Any, tokenizer: Callable[..., Any] | None, model: nn.Module, cache: Path | None
 ) -> Calibration | None:
     """`as_calibration`; None where nothing is given, and a cache of an earlier calibration is there instead."""
-    return None if given is None and cache is not None and cache.exists() else as_calibration(given, tokenizer, model)
+    return None if given is None and cache is not None and _is_there(cache) else as_calibration(given, tokenizer, model)
+
+
+def _is_there(path: Path) -> bool:
+    """Raises `T2NErrorRuntime` for a path that the system does not take."""
+    with writing(path):
+        return path.exists()
 
 
 def _write(path: Path, walk: FloatWalk, about: dict[str, Any]) -> None:

@@ -130,9 +130,7 @@ def t2n_load_checkpoint_and_dispatch(
         raise T2NErrorInconsistentTensor(
             f"{checkpoint}: {few(other)} have another shape than in the model, {shapes[0]} and not {shapes[1]}"
         )
-    if other := [
-        n for n in tensors if n in names and names[n].is_floating_point() != tensors[n].is_floating_point()
-    ]:
+    if other := [n for n in tensors if n in names and names[n].is_floating_point() != tensors[n].is_floating_point()]:
         dtypes = tensors[other[0]].dtype, names[other[0]].dtype
         raise T2NErrorInconsistentTensor(f"{checkpoint}: {few(other)} hold {dtypes[0]}, in the model {dtypes[1]}")
     first: dict[int, str] = {}
@@ -154,10 +152,10 @@ def t2n_load_checkpoint_and_dispatch(
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a is b or isinstance(a, QTensor):
-        return a is b or (isinstance(b, QTensor) and a.is_identical(b))
-    parts = (tensor.reshape(-1).split(_COMPARED) for tensor in (a, b))
-    return a.dtype == b.dtype and all(torch.equal(x, y) for x, y in zip(*parts, strict=True))
+    if isinstance(a, QTensor) and isinstance(b, QTensor):
+        return a.is_identical(b)
+    parts = (tensor.reshape(-1).split(_COMPARED) for tensor in (a, b))  # type: ignore[no-untyped-call]
+    return a is b or (a.dtype == b.dtype and all(torch.equal(x, y) for x, y in zip(*parts, strict=True)))
 
 
 def _device_map(device_map: str | Mapping[str, str]) -> Mapping[str, str]:

@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorMisuse, T2NErrorNotImplemented
+from torch_to_nnef.exceptions import (
+    T2NErrorInconsistentTensor,
+    T2NErrorInvalidArgument,
+    T2NErrorMisuse,
+    T2NErrorNotImplemented,
+)
 from torch_to_nnef.tensor.quant import (
     BitPacking,
     Huffman,
@@ -194,6 +199,25 @@ def test_generic_scheme_and_codecs_survive_every_copy(generic, tmp_path):
     assert torch.equal(loaded["plain"], torch.ones(2))
     assert pickle.loads(pickle.dumps(generic)).is_identical(generic)
     assert torch.equal(generic.decompress(), generic.qscheme.quantize_as_torch(weight(6, 10)))
+
+
+def test_tensors_that_share_codes_alone_are_both_stored(tmp_path):
+    q = quantize_q40(weight(4, 64))
+    half = QScalePerGroupF16(32, q.qscheme.scale / 2, 4)
+    other = QTensorTractScaleOnly.from_packed(q.u8_blob, q.shape, half, q.dtype, q.u8_compressors)
+    save_safetensors({"q": q, "other": other, "tied": q.detach()}, tmp_path / "w.safetensors")
+    loaded = load_safetensors(tmp_path / "w.safetensors")
+    assert loaded["q"].is_identical(q)
+    assert loaded["tied"] is loaded["q"]
+    assert loaded["other"].is_identical(other)
+
+
+@pytest.mark.parametrize("names", [("q", "q::u8_blob"), ("q", "q::mine"), ("__metadata__",)])
+def test_names_that_the_file_takes_for_something_else_are_refused(tmp_path, names):
+    tensors = {name: quantize_q40(weight(4, 64)) if name == "q" else torch.ones(3) for name in names}
+    with pytest.raises(T2NErrorInvalidArgument, match=f"`{names[-1]}`: a safetensors file has this name"):
+        save_safetensors(tensors, tmp_path / "w.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_deepcopy_of_a_model_keeps_ties(model):

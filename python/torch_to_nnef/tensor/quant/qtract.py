@@ -18,6 +18,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
 )
+from torch_to_nnef.files import writing
 from torch_to_nnef.tensor.chunks import flat_chunks, rows_of
 from torch_to_nnef.tensor.extents import own_memory
 from torch_to_nnef.tensor.offload import OffloadedTensor, as_stored, loaded
@@ -75,6 +76,7 @@ class QTensorTract(QTensor):
 
         Raises:
             T2NErrorInvalidArgument: A label that leaves `dirpath`, or a target that is not tract.
+            T2NErrorRuntime: The system refuses to write.
 
         """
         if inference_target is not None:
@@ -88,7 +90,8 @@ class QTensorTract(QTensor):
         if relative.is_absolute() or ".." in relative.parts or "\0" in label or not label.strip("/"):
             raise T2NErrorInvalidArgument(f"label {label!r} does not name a file inside {dirpath}")
         path = Path(dirpath) / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self.write_dat(path)
         return path
 

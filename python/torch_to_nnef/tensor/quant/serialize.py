@@ -50,7 +50,8 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
     Tensors are written in pieces, so that those on disk are never in memory as a whole. The same tensors give the same bytes.
 
     Raises:
-        T2NErrorInvalidArgument: A QTensor, scheme or codec class, or a dtype, that this file format does not know.
+        T2NErrorInvalidArgument: A QTensor, scheme or codec class, or a dtype, that this file format does not know; a name that it takes for
+            something else (`__metadata__`, `x::part` beside a QTensor `x`).
         T2NErrorRuntime: The system refuses to write, or has too little space.
 
     """
@@ -59,14 +60,16 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path) -> N
     aliases: dict[str, str] = {}
     first_name: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        if first_name.setdefault(_identity(tensor), name) != name:
-            aliases[name] = first_name[_identity(tensor)]
+        if (first := first_name.setdefault(_identity(name, tensor), name)) != name:
+            aliases[name] = first
         elif isinstance(tensor, QTensor):
             packed[name] = _describe(name, tensor)
             entries[f"{name}::u8_blob"] = tensor.u8_blob
             entries |= {f"{name}::{n}": getattr(tensor.qscheme, n) for n in tensor.qscheme.tensor_names}
         else:
             entries[name] = tensor.detach()
+    if taken := [n for n in tensors if n == "__metadata__" or n.rpartition("::")[0] in packed]:
+        raise T2NErrorInvalidArgument(f"`{taken[0]}`: a safetensors file has this name for something else; rename it")
     note = json.dumps({"packed": packed, "aliases": aliases}, sort_keys=True)
     path = Path(path)
     with staged(path) as beside, writing(path):
@@ -141,10 +144,12 @@ def _assembled(
     return found | {alias: found[name] for alias, name in note["aliases"].items()}
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _identity(name: str, tensor: torch.Tensor) -> tuple[Any, ...]:
     # `state_dict()` detaches: shared weights arrive as distinct objects over the same bytes.
     if isinstance(tensor, QTensor):
-        return type(tensor), _identity(tensor.u8_blob), tensor.dtype, tuple(tensor.shape)
+        about = {**_describe(name, tensor), "nnef_name": None}
+        parts = (tensor.u8_blob, *(getattr(tensor.qscheme, part) for part in tensor.qscheme.tensor_names))
+        return json.dumps(about), *(_identity(name, part) for part in parts)
     if isinstance(tensor, OffloadedTensor):
         return "on disk", tensor.extents, tensor.dtypes, tuple(tensor.shape)
     if tensor.numel() == 0:
