@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from torch_to_nnef._native import ArchiveWriter, Staging
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, expect
 from torch_to_nnef.files import require_space, writing
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.text import graph_text, quant_text
@@ -24,9 +25,10 @@ def target_path(path: str | Path, compression_level: int | None) -> tuple[Path, 
 
     Raises `T2NErrorInvalidArgument` for a path without `.nnef` or a level outside 0..9.
     """
+    expect("the path of the archive", path, (str, PathLike), "a text or a Path")
     path = Path(path)
-    if compression_level is not None and not 0 <= compression_level <= 9:
-        raise T2NErrorInvalidArgument(f"compression_level must be None or 0..9, not {compression_level}")
+    if compression_level is not None and not (isinstance(compression_level, int) and 0 <= compression_level <= 9):
+        raise T2NErrorInvalidArgument(f"compression_level must be None or 0..9, not {compression_level!r}")
     if path.name.endswith(".nnef.tar"):
         return path, "tar"
     if path.name.endswith(".nnef.tgz"):
