@@ -16,8 +16,9 @@ from torch import nn
 
 from torch_to_nnef._native import __version__, tract_version
 from torch_to_nnef.compress import DEFAULT_COMPRESSION, Choice, Method, needs_calibration, takes
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, expect
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, check_types, relower, staged
+from torch_to_nnef.files import as_path
 from torch_to_nnef.graph.capture import Captured, eval_mode
 from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.folds import find_folds
@@ -193,6 +194,7 @@ def sensitivity(
     Raises what methods and capture raise, and `T2NErrorInvalidArgument` for a method that changes other weights too, as those do that
     scale inputs or learn norms.
     """
+    check_types(model, TractNNEF.latest(), progress)
     data = as_calibration(calibration, tokenizer, model)
     choice, copied = Choice(method, registry), copy_model(model, share_weights=registry is DEFAULT_COMPRESSION)
     if uses is None:
@@ -254,10 +256,9 @@ def _cache(given: str | Path | None, choice: Choice) -> Path | None:
     """Where the methods keep what they learned."""
     if given is None:
         return None
-    expect("calibration_cache", given, (str, Path), "a text or a Path")
     if not any(takes(method, "calibration_cache") for method in choice.methods):
         raise T2NErrorInvalidArgument(f"{_name(choice.method)} takes no calibration_cache")
-    return Path(given)
+    return as_path("calibration_cache", given)
 
 
 def _name(method: str | Method | None) -> str | None:

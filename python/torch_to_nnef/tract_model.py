@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from torch_to_nnef import _native
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorMisuse, expect, listed
+from torch_to_nnef.files import as_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from os import PathLike
 
     import torch
     from numpy.typing import NDArray
@@ -65,8 +66,7 @@ class TractModel:
 
         `threads`, at most 1024, share the work of each run, large products above all; without it a run keeps to its caller's thread.
         """
-        expect("path", path, (str, PathLike), "a text or a Path")
-        return cls(_native.Model.load(path, _names(outputs), _thread_count(threads)), str(path))
+        return cls(_native.Model.load(as_path("path", path), _names(outputs), _thread_count(threads)), str(path))
 
     @classmethod
     def load_bytes(cls, data: bytes, outputs: Sequence[str] | None = None, threads: int | None = None) -> TractModel:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torch_to_nnef.exceptions import T2NErrorNotFoundFile, T2NErrorTractCrash, expect
+from torch_to_nnef.files import as_path
 from torch_to_nnef.inference_target import TractCheckTolerance
 from torch_to_nnef.isolated.arrays import load_arrays, save_arrays
 from torch_to_nnef.isolated.jobs import INPUTS, OUTPUTS
@@ -53,7 +54,7 @@ def verify(
     """
     for name, size in (sizes or {}).items():
         expect(f"sizes[{name!r}]", size, int, "a number")
-    files = [str(_path(path).absolute()) for path in ([npz] if isinstance(npz, (str, PathLike)) else npz)]
+    files = [str(as_path("npz", path).absolute()) for path in ([npz] if isinstance(npz, (str, PathLike)) else npz)]
     with working_folder() as folder:
         found: dict[str, Any] = ask(
             "verify", folder, _found(archive), limits, npz=files, sizes=dict(sizes or {}), tolerance=tolerance.value
@@ -89,13 +90,8 @@ def inspect(archive: str | PathLike[str], *, limits: Limits = _DEFAULT) -> dict[
     return found
 
 
-def _path(given: str | PathLike[str]) -> Path:
-    expect("path", given, (str, PathLike), "a text or a Path")
-    return Path(given)
-
-
 def _found(archive: str | PathLike[str]) -> Path:
-    path = _path(archive).absolute()
+    path = as_path("archive", archive).absolute()
     if not os.path.exists(path):  # noqa: PTH110  # unlike Path.exists, it has an answer for any name
         raise T2NErrorNotFoundFile(f"no archive at {str(archive)!r}")
     return path
