@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,13 @@ from torch import nn
 from torch_to_nnef._native import __version__, tract_version
 from torch_to_nnef.compress import DEFAULT_COMPRESSION, Choice, Method, needs_calibration, takes
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
-from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, relower, staged
-from torch_to_nnef.graph.capture import eval_mode
+from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, check_types, relower, staged
+from torch_to_nnef.files import as_path
+from torch_to_nnef.graph.capture import Captured, eval_mode
 from torch_to_nnef.graph.convert import to_graph
 from torch_to_nnef.graph.folds import find_folds
-from torch_to_nnef.graph.inputs import Args, DynamicAxes, prepare
+from torch_to_nnef.graph.inputs import Args, DynamicAxes, Inputs, prepare
+from torch_to_nnef.graph.ir import Graph
 from torch_to_nnef.graph.norms import find_norms
 from torch_to_nnef.graph.quantized import float_reference
 from torch_to_nnef.graph.torchscript import eager
@@ -55,7 +57,7 @@ def quantize_and_verify(
     *,
     calibration: Calibration | Iterable[Any] | Path | None = None,
     tokenizer: Any = None,
-    calibration_cache: Path | None = None,
+    calibration_cache: str | Path | None = None,
     include: Filters | None = None,
     exclude: Filters | None = None,
     overrides: Mapping[Filter, str] | None = None,
@@ -93,16 +95,15 @@ def quantize_and_verify(
     Raises what `export_model_to_nnef` raises, `T2NErrorInvalidArgument` for a method that does not exist or a path that does, and
     `T2NErrorImpossibleQuantization`. On any error nothing is written, and `model` is as it was.
     """
+    check_types(model, inference_target or TractNNEF.latest(), progress)
     target = _target(inference_target, dynamic_axes)
     destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
     if destination.exists() and not force:
         raise T2NErrorInvalidArgument(f"{destination} exists; pass force=True to replace it")
     check_replaceable(destination, form)
     choice = Choice(method, registry, overrides or {}, fallback, Budget(target_bpw, max_kl))
-    if calibration_cache is not None and not any(takes(m, "calibration_cache") for m in choice.methods):
-        raise T2NErrorInvalidArgument(f"{_name(method)} takes no calibration_cache")
-    cached = calibration_cache is not None and calibration_cache.exists()
-    if calibration is None and not cached and any(map(needs_calibration, choice.methods)):
+    cache = _cache(calibration_cache, choice)
+    if calibration is None and not (cache and cache.exists()) and any(map(needs_calibration, choice.methods)):
         as_calibration(None)  # raises
     original, model = model, float_reference(eager(model))
     if inplace and model is not original:
@@ -111,42 +112,44 @@ def quantize_and_verify(
         )
     steps = Steps()
     with steps("capture"):
-        inputs = prepare(model, args, input_names, target.dynamic_axes)
-        captured, graph = captured_graph(model, inputs)
+        as_inputs = functools.partial(prepare, args=args, input_names=input_names, dynamic_axes=target.dynamic_axes)
+        captured, graph = captured_graph(model, as_inputs(model))
     with steps("lower"):
         naming = Naming(input_names, output_names)
         plan = relower(captured, graph, type(model).__name__, target, naming)
     ours = registry is DEFAULT_COMPRESSION and not callable(method)
     copied = copy_model(model, share_weights=ours)
     work, reference = (model, copied) if inplace else (copied, model)
-    # Unless its weights change, what was given is what the archive must equal.
-    unchanged = original if method is None and not overrides else work
+    modules = list(work.named_modules())
     with recording() as recorded, _restored_on_error(work), staged(destination) as beside:
         with steps("quantize"):
             selection = Selection(weight_uses(graph), include, exclude, find_folds(graph), find_norms(graph))
             data = as_calibration(calibration, tokenizer, work) if ours and calibration is not None else calibration
             extras = {
                 "calibration": data,
-                "calibration_cache": calibration_cache,
+                "calibration_cache": cache,
                 "tokenizer": tokenizer,
                 "progress": progress,
             }
             judged_on = data.judge if isinstance(data, Calibration) else (as_batch(args, work),)
             work = choice(work, selection, judged_on, **extras)
+        if list(work.named_modules()) != modules:
+            with steps("capture"):
+                captured, graph = _captured_again(work, model if inplace else work, as_inputs, graph, _name(method))
         with steps("lower"):
             captured = captured.rebind(work)
-            plan = relower(captured, to_graph(captured), type(model).__name__, target, naming)
+            graph = to_graph(captured)
+            plan = relower(captured, graph, type(model).__name__, target, naming)
         with steps("write"):
             size = write_archive(plan.document, beside, form, None)
         with steps("verify"):
-            archive = check(plan, beside, unchanged, target.check_io_tolerance) if target.check_io else ()
+            # Unless its weights change, what was given is what the archive must equal.
+            judge = original if method is None and not overrides else work
+            archive = check(plan, beside, judge, target.check_io_tolerance) if target.check_io else ()
         with steps("compare with float"):
-            quantization = _cost(plan, reference if inplace else original, work, target) if choice.methods else ()
-            metrics = (
-                _metrics(plan, reference if inplace else original, work, data, beside if archive else None)
-                if choice.methods
-                else None
-            )
+            sides = reference if inplace else original, work
+            quantization = _cost(plan, *sides, target) if choice.methods else ()
+            metrics = _metrics(plan, *sides, data, beside if archive else None) if choice.methods else None
     rows = _rows(recorded, reference, work, _name(method))
     return Report(
         model=type(model).__name__,
@@ -191,6 +194,7 @@ def sensitivity(
     Raises what methods and capture raise, and `T2NErrorInvalidArgument` for a method that changes other weights too, as those do that
     scale inputs or learn norms.
     """
+    check_types(model, TractNNEF.latest(), progress)
     data = as_calibration(calibration, tokenizer, model)
     choice, copied = Choice(method, registry), copy_model(model, share_weights=registry is DEFAULT_COMPRESSION)
     if uses is None:
@@ -226,9 +230,35 @@ def copy_model(model: nn.Module, share_weights: bool) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def _captured_again(
+    work: nn.Module, wanted: nn.Module, as_inputs: Callable[[nn.Module], Inputs], before: Graph, method: str | None
+) -> tuple[Captured, Graph]:
+    """What a method made of the modules; it must be `wanted`, with outputs that compare to those of the model it was given."""
+    if work is not wanted:
+        raise T2NErrorInvalidArgument(f"{method} returns another model: leave out inplace=True")
+    work = float_reference(eager(work))
+    captured, graph = captured_graph(work, as_inputs(work))
+    old, new = ([list(map(str, value.shape)) for value in outputs] for outputs in (before.outputs, graph.outputs))
+    if old != new:
+        raise T2NErrorInvalidArgument(f"{method} made a model with other outputs: of shapes {new}, where {old} were")
+    return captured, graph
+
+
 def _target(target: TractNNEF | None, dynamic_axes: DynamicAxes | None) -> TractNNEF:
     target = target or TractNNEF.latest()
-    return replace(target, dynamic_axes={**(target.dynamic_axes or {}), **dynamic_axes}) if dynamic_axes else target
+    given, more = target.dynamic_axes or {}, TractNNEF.latest(dynamic_axes=dynamic_axes).dynamic_axes or {}
+    return replace(
+        target, dynamic_axes={name: {**given.get(name, {}), **more.get(name, {})} for name in {**given, **more}}
+    )
+
+
+def _cache(given: str | Path | None, choice: Choice) -> Path | None:
+    """Where the methods keep what they learned."""
+    if given is None:
+        return None
+    if not any(takes(method, "calibration_cache") for method in choice.methods):
+        raise T2NErrorInvalidArgument(f"{_name(choice.method)} takes no calibration_cache")
+    return as_path("calibration_cache", given)
 
 
 def _name(method: str | Method | None) -> str | None:
@@ -237,8 +267,8 @@ def _name(method: str | Method | None) -> str | None:
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put back every parameter and buffer if the block fails."""
-    holders: list[dict[str, Any]] = [h for m in model.modules() for h in (m._parameters, m._buffers)]
+    """Put back every parameter, buffer and module if the block fails."""
+    holders: list[dict[str, Any]] = [h for m in model.modules() for h in (m._parameters, m._buffers, m._modules)]
     held = [(holder, dict(holder)) for holder in holders]
     try:
         yield
@@ -281,13 +311,13 @@ def _rows(
 ) -> tuple[TensorRow, ...]:
     """One row a weight: what methods recorded (the last word counts), and packed weights that a foreign method did not record."""
     rows = {row.fqn: row for row in recorded}
-    places = ModTensorUpdater(after)
+    places, held = ModTensorUpdater(after), dict(before.named_parameters(remove_duplicate=False))
     for name, tensor in after.named_parameters():
         if isinstance(tensor, QTensor) and name not in rows:
-            given = before.get_parameter(name)
-            rows[name] = row_of(
-                Target(given, places.places(tensor), None), tensor, "" if given is tensor else method or ""
-            )
+            given = held.get(name, tensor)
+            # Of one that was packed before, what it cost is not known.
+            packed = None if given is tensor else tensor
+            rows[name] = row_of(Target(given, places.places(tensor), None), packed, method or "")
     return tuple(rows.values())
 
 

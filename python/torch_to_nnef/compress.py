@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorImpossibleQuantization, T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorImpossibleQuantization, T2NErrorInvalidArgument, expect
 from torch_to_nnef.quantize.budget import Budget, quantize_within
 from torch_to_nnef.quantize.methods.awq import quantize_awq, quantize_awq_gptq
 from torch_to_nnef.quantize.methods.best import quantize_best
@@ -140,6 +140,7 @@ def dynamic_load_registry(path: str) -> Mapping[str, Method]:
             names to callables.
 
     """
+    expect("registry", path, str, "a name like `pkg.mod.NAME`")
     module_name, _, attribute = path.rpartition(".")
     if not module_name or not attribute:
         raise T2NErrorInvalidArgument(f"a registry is named like `pkg.mod.NAME`: got {path!r}")
@@ -181,12 +182,16 @@ class Choice:
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
-        """Raises `T2NErrorInvalidArgument` for keys that there are not."""
+        """Raises `T2NErrorInvalidArgument` for keys that there are not, and for what is no method."""
+        expect("registry", self.registry, Mapping, "a dict of methods by name")
+        expect("overrides", self.overrides, Mapping, "a dict of methods by filter")
         for key in (self.method, *self.overrides.values()):
             if not callable(key) and key not in (*self.registry, *KEPT, None):
                 raise T2NErrorInvalidArgument(
                     f"no quantization method {key!r}; the registry has {sorted(self.registry)}, beside f16 and f32"
                 )
+        for method in self.methods:
+            expect("method", method, Callable, "a function")  # type: ignore[arg-type]
         if self.fallback not in (None, "f16", "pad", "error"):
             raise T2NErrorInvalidArgument(f"fallback is None, 'f16', 'pad' or 'error': got {self.fallback!r}")
         if self.budget and not self.methods:
@@ -291,7 +296,14 @@ def call_method(
     parameters = inspect.signature(fn).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     given = {"tokenizer": tokenizer, "export_dirpath": export_dirpath, "local_dir": local_dir}
-    returned = fn(model, **given, **{k: v for k, v in extras.items() if takes_all or k in parameters})
+    given |= {k: v for k, v in extras.items() if takes_all or k in parameters}
+    try:
+        inspect.signature(fn).bind(model, **given)
+    except TypeError as error:
+        raise T2NErrorInvalidArgument(
+            f"a method is called as fn(model, tokenizer=, export_dirpath=, local_dir=), which {fn!r} does not take: {error}"
+        ) from None
+    returned = fn(model, **given)
     if returned is not None and not isinstance(returned, nn.Module):
         raise T2NErrorInvalidArgument(f"method {fn!r} returned {type(returned).__name__}: expected a module or None")
     return model if returned is None else returned

@@ -1,5 +1,7 @@
 """Every exception this package raises. All derive from `T2NError`; a second base lets callers catch the built-in kind."""
 
+from collections.abc import Collection
+
 
 class T2NError(Exception):
     """Base of everything `torch_to_nnef` raises."""
@@ -70,3 +72,18 @@ class T2NErrorTractLimit(T2NErrorTract):
 
 class T2NErrorIOPytorchTractNotISO(T2NError, ValueError):
     """tract's outputs are not torch's within the tolerance."""
+
+
+def expect(what: str, value: object, kind: type | tuple[type, ...], words: str) -> None:
+    """Raise `T2NErrorInvalidArgument` unless the argument `what` is of a `kind`, which `words` say."""
+    if not isinstance(value, kind):
+        raise T2NErrorInvalidArgument(f"{what}: {words} is expected, not {type(value).__name__} ({value!r:.80})")
+
+
+def listed(what: str, texts: Collection[str]) -> tuple[str, ...]:
+    """`texts` in their order; refuses one text, which is a sequence of letters, and what has no order or can be read only once."""
+    if isinstance(texts, (str, bytes, set, frozenset)) or not isinstance(texts, Collection):
+        raise T2NErrorInvalidArgument(f"{what}: a list of texts is expected, not {texts!r:.80}")
+    for text in texts:
+        expect(what, text, str, "a text")
+    return tuple(texts)

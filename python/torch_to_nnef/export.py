@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from torch_to_nnef import files
-from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIoQuantity
+from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorIoQuantity, expect, listed
 from torch_to_nnef.graph.axes import asserted
 from torch_to_nnef.graph.capture import Captured, capture, decompose, eval_mode
 from torch_to_nnef.graph.convert import name_symbols, to_graph
@@ -85,15 +85,18 @@ def export_model_to_nnef(
     `T2NErrorConsistency` for a packed weight in a use tract computes wrongly; `T2NErrorTract` if tract refuses the archive;
     `T2NErrorIOPytorchTractNotISO` if its outputs are not torch's. The model is left as it came, and a file at the path untouched.
     """
+    check_types(model, inference_target)
+    expect("log_level", log_level, int, "a level such as logging.INFO")
     path, form = target_path(file_path_export, compression_level)
     check_replaceable(path, form)
+    extensions = listed("custom_extensions", custom_extensions or ())
     load_modules(load_extra_op_modules or ())
     naming = Naming(
         input_names, output_names, check_io_names_qte_match, allow_same_io_names, _scheme(nnef_variable_naming_scheme)
     )
     steps = Steps()
     with at_level(log_level):
-        plan = plan_export(model, args, inference_target, naming, custom_extensions or (), steps)
+        plan = plan_export(model, args, inference_target, naming, extensions, steps)
         with staged(path) as beside:
             with steps("write"):
                 size = write_archive(plan.document, beside, form, compression_level)
@@ -102,6 +105,13 @@ def export_model_to_nnef(
                     check(plan, beside, model, inference_target.check_io_tolerance, debug_bundle_path)
         LOGGER.info("wrote %s (%d bytes): %s", path, size, steps)
     return path
+
+
+def check_types(model: object, target: object, progress: object = None) -> None:
+    """Raise `T2NErrorInvalidArgument` unless these are a module, a target that can be served, and a function or nothing."""
+    expect("model", model, nn.Module, "a torch.nn.Module")
+    expect("inference_target", target, TractNNEF, "a TractNNEF")
+    expect("progress", progress, (Callable, type(None)), "a function")  # type: ignore[arg-type]
 
 
 class Steps:
@@ -226,7 +236,9 @@ def relower(
 
 def _output_names(naming: Naming, count: int) -> tuple[str, ...]:
     defaults = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
-    given = list(naming.outputs) if naming.outputs is not None else defaults
+    given = list(listed("output_names", naming.outputs)) if naming.outputs is not None else defaults
+    if not count:
+        raise T2NErrorIoQuantity("the model returns no tensor: there is nothing to export")
     if naming.counts_must_match and len(given) != count:
         raise T2NErrorIoQuantity(f"{len(given)} output names {given} for {count} output tensors")
     names = (given + defaults[len(given) :])[:count]

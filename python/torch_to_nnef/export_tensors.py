@@ -15,8 +15,9 @@ from torch_to_nnef.exceptions import (
     T2NErrorInvalidArgument,
     T2NErrorNotFoundFile,
     T2NErrorNotImplemented,
+    expect,
 )
-from torch_to_nnef.files import require_space, writing
+from torch_to_nnef.files import as_path, require_space, writing
 from torch_to_nnef.nnef.writer import raw_bytes
 from torch_to_nnef.op.dtypes import tract_dtype
 from torch_to_nnef.tensor.quant import QTensor, QTensorTractScaleOnly, load_safetensors, stored_nbytes
@@ -37,7 +38,8 @@ def export_tensors_to_nnef(name_to_torch_tensors: Mapping[str, torch.Tensor], ou
         T2NErrorRuntime: The system refuses to write, or has too little space.
 
     """
-    output_dir = Path(output_dir)
+    expect("name_to_torch_tensors", name_to_torch_tensors, Mapping, "a dict of tensors by name")
+    output_dir = as_path("output_dir", output_dir)
     check_dats([_described(name, tensor) for name, tensor in name_to_torch_tensors.items()])
     require_space(output_dir, sum(map(stored_nbytes, name_to_torch_tensors.values())))
     paths = [output_dir / f"{name}.dat" for name in name_to_torch_tensors]
@@ -70,7 +72,9 @@ def export_tensors_from_disk_to_nnef(
     Raises what `export_tensors_to_nnef` raises, `T2NErrorNotFoundFile`, `T2NErrorInconsistentTensor` for a file that cannot be read, and
     `T2NErrorInvalidArgument` for another suffix, tensors that were refused, or none to write.
     """
-    path = Path(store_filepath)
+    path = as_path("store_filepath", store_filepath)
+    for what, function in (("filter_key", filter_key), ("fn_check_found_tensors", fn_check_found_tensors)):
+        expect(what, function, (Callable, type(None)), "a function")  # type: ignore[arg-type]
     if not path.is_file():
         raise T2NErrorNotFoundFile(f"no such file: {path}")
     stored = _load(path)
@@ -101,7 +105,7 @@ def _described(name: object, tensor: object) -> tuple[str, str, list[int]]:
                 f"`{name}`: {type(tensor).__name__} has no file format; decompress() it, or use Q40"
             )
         return name, "u8", []  # its file is its own affair: only the name is checked
-    if tensor.is_meta or tensor.layout is not torch.strided:
+    if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
         raise T2NErrorInvalidArgument(
             f"`{name}` has no dense data ({tensor.layout} on {tensor.device}); load it, or to_dense() it"
         )

@@ -9,10 +9,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch_to_nnef._native import Staging, put_in_place
-from torch_to_nnef.exceptions import T2NError, T2NErrorRuntime
+from torch_to_nnef.exceptions import T2NError, T2NErrorRuntime, expect
 
 # As TEMP_PREFIX in src/fsio.rs.
 _UNFINISHED = ".t2n-unfinished-"
+
+
+def as_path(what: str, given: object) -> Path:
+    """The path that was given as `what`. Raises `T2NErrorInvalidArgument` for bytes, and for what is no path."""
+    expect(what, given, (str, os.PathLike), "a text or a Path")
+    return Path(given)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from torch_to_nnef import _native
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorMisuse
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorMisuse, expect, listed
+from torch_to_nnef.files import as_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from os import PathLike
 
     import torch
@@ -62,14 +64,15 @@ class TractModel:
     ) -> TractModel:
         """Load a folder, tar or tgz; `outputs` names assignments of graph.nnef to output instead of the graph's results.
 
-        `threads` share the work of each run, large products above all; without it a run keeps to its caller's thread.
+        `threads`, at most 1024, share the work of each run, large products above all; without it a run keeps to its caller's thread.
         """
-        return cls(_native.Model.load(path, outputs, _thread_count(threads)), str(path))
+        return cls(_native.Model.load(as_path("path", path), _names(outputs), _thread_count(threads)), str(path))
 
     @classmethod
     def load_bytes(cls, data: bytes, outputs: Sequence[str] | None = None, threads: int | None = None) -> TractModel:
         """`load` for a tar or tgz in memory."""
-        return cls(_native.Model.load_bytes(data, outputs, _thread_count(threads)), f"{len(data)} bytes")
+        expect("data", data, (bytes, bytearray), "a tar or tgz in bytes")
+        return cls(_native.Model.load_bytes(data, _names(outputs), _thread_count(threads)), f"{len(data)} bytes")
 
     def run(self, *args: NDArray[Any] | torch.Tensor, **named: NDArray[Any] | torch.Tensor) -> dict[str, NDArray[Any]]:
         """Run once; inputs in order or by name, numpy arrays or torch tensors, each of the dtype of its `Fact`.
@@ -82,6 +85,8 @@ class TractModel:
 
     def session(self, carried: Mapping[str, str]) -> Session:
         """Runs that carry state; `carried` names inputs, each with the output that is its value in the next run."""
+        expect("carried", carried, Mapping, "a dict of outputs by input")
+        listed("carried", [name for pair in carried.items() for name in pair])
         return Session(self._native.session(list(carried.items())))
 
     def __repr__(self) -> str:
@@ -155,9 +160,14 @@ def _bind(facts: Sequence[Fact], args: Sequence[Any], named: Mapping[str, Any]) 
     return given
 
 
+def _names(outputs: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if outputs is None else listed("outputs", outputs)
+
+
 def _thread_count(threads: int | None) -> int | None:
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise T2NErrorInvalidArgument(f"threads: a number from 1, not {threads!r}")
+    # Each is started at once: a slip of the finger would take all that the machine has.
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
+        raise T2NErrorInvalidArgument(f"threads: a number from 1 to 1024, not {threads!r}")
     return threads
 
 
@@ -176,6 +186,10 @@ def _as_array(name: str, value: object) -> NDArray[Any]:
         if value.dtype in (torch.bfloat16, torch.complex64, torch.complex128) or value.is_quantized:
             raise T2NErrorInvalidArgument(
                 f"input {name!r}: tract has no {value.dtype}; convert it first, e.g. with .float() or torch.view_as_real"
+            )
+        if value.layout is not torch.strided or value.is_meta:
+            raise T2NErrorInvalidArgument(
+                f"input {name!r}: a tensor of {value.layout} on {value.device} has no array of values; load it, or .to_dense() it"
             )
         value = value.detach().cpu().numpy()
     if not isinstance(value, (np.ndarray, np.generic)):

@@ -14,6 +14,8 @@ from torch_to_nnef.exceptions import (
     T2NErrorDynamicShapeValue,
     T2NErrorInvalidArgument,
     T2NErrorIoQuantity,
+    expect,
+    listed,
 )
 from torch_to_nnef.graph.axes import axis_expression, solved, symbol
 from torch_to_nnef.torch_internals import pytree
@@ -124,6 +126,7 @@ def prepare(
     """
     if isinstance(args, torch.Tensor):
         args = (args,)
+    expect("args", args, (tuple, list, Mapping), "a tensor, a tuple of positional or a dict of keyword arguments")
     structure: tuple[tuple[Any, ...], dict[str, Any]] = (
         ((), dict(args)) if isinstance(args, Mapping) else (tuple(args), {})
     )
@@ -134,8 +137,13 @@ def prepare(
                 f"argument {index} of the model is {type(leaf).__name__} ({leaf!r:.80}); an exported graph takes tensors only: "
                 "bind other values first, e.g. in a wrapper module or with functools.partial"
             )
+        if leaf.is_quantized or leaf.layout is not torch.strided:
+            raise T2NErrorInvalidArgument(
+                f"argument {index} of the model is a tensor of {leaf.dtype}, {leaf.layout}; inputs of an archive are dense: "
+                "pass it as .dequantize() or .to_dense() gives it"
+            )
     defaults = _default_names(model, structure)
-    names = defaults if input_names is None else tuple(input_names)
+    names = defaults if input_names is None else listed("input_names", input_names)
     if not counts_must_match:
         names = (names + defaults[len(names) :])[: len(leaves)]
     if len(names) != len(leaves):
@@ -190,7 +198,11 @@ def _axes_by_input(
                 raise T2NErrorDynamicShapeValue(
                     f"dynamic_axes[{name!r}] has axis {axis!r}, but {name!r} has rank {leaf.dim()}"
                 )
-            axes[axis % leaf.dim()] = _axis(text, f"dynamic_axes[{name!r}][{axis}]", names)
+            text = _axis(text, f"dynamic_axes[{name!r}][{axis}]", names)
+            if axes.setdefault(axis % leaf.dim(), text) != text:
+                raise T2NErrorDynamicShapeValue(
+                    f"dynamic_axes[{name!r}][{axis}] = {text!r}: that axis is {axes[axis % leaf.dim()]!r} already"
+                )
         result.append(axes)
     traced_sizes(names, leaves, result)
     return tuple(result)
@@ -200,6 +212,8 @@ def _axis(text: object, where: str, names: Sequence[str]) -> str:
     if not isinstance(text, str):
         raise T2NErrorDynamicShapeValue(f"{where} = {text!r} is not a name")
     for used in map(str, axis_expression(text).free_symbols):
-        if not _IDENTIFIER.fullmatch(used) or used in _RESERVED or used in names:
-            raise T2NErrorDynamicShapeValue(f"{where} = {text!r}: {used!r} is not a free identifier")
+        if not _IDENTIFIER.fullmatch(used) or used in _RESERVED or used in names or MISREAD.match(used):
+            raise T2NErrorDynamicShapeValue(
+                f"{where} = {text!r}: {used!r} is not a free identifier (no keyword, no input, no start with true, false or inf)"
+            )
     return text

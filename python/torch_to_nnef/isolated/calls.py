@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torch_to_nnef.exceptions import T2NErrorNotFoundFile, T2NErrorTractCrash
+from torch_to_nnef.exceptions import T2NErrorNotFoundFile, T2NErrorTractCrash, expect
+from torch_to_nnef.files import as_path
 from torch_to_nnef.inference_target import TractCheckTolerance
 from torch_to_nnef.isolated.arrays import load_arrays, save_arrays
 from torch_to_nnef.isolated.jobs import INPUTS, OUTPUTS
 from torch_to_nnef.isolated.process import Limits, ask, working_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from os import PathLike
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -25,7 +27,7 @@ _DEFAULT = Limits()
 
 def verify(
     archive: str | PathLike[str],
-    npz: Sequence[str | PathLike[str]] = (),
+    npz: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
     *,
     sizes: Mapping[str, int] | None = None,
     tolerance: TractCheckTolerance = TractCheckTolerance.APPROXIMATE,
@@ -35,7 +37,7 @@ def verify(
 
     Args:
         archive: Folder, tar or tgz.
-        npz: Files with inputs, and outputs that are expected, by name. Inputs that are in none are zeros.
+        npz: A file or files with inputs, and outputs that are expected, by name. Inputs that are in none are zeros.
         sizes: Of symbols, where inputs are zeros; 3 for those not named.
         tolerance: Within which outputs are what is expected.
         limits: Of the child.
@@ -50,7 +52,9 @@ def verify(
         T2NErrorNotFoundFile, T2NErrorInvalidArgument: Of `npz` and `sizes`.
 
     """
-    files = [str(Path(path).absolute()) for path in npz]
+    for name, size in (sizes or {}).items():
+        expect(f"sizes[{name!r}]", size, int, "a number")
+    files = [str(as_path("npz", path).absolute()) for path in ([npz] if isinstance(npz, (str, PathLike)) else npz)]
     with working_folder() as folder:
         found: dict[str, Any] = ask(
             "verify", folder, _found(archive), limits, npz=files, sizes=dict(sizes or {}), tolerance=tolerance.value
@@ -67,9 +71,10 @@ def run(
     """Outputs of an archive by name, computed in a child process from arrays by name or those of an `.npz` file; raises as `verify`."""
     with working_folder() as folder:
         npz = None
-        if isinstance(inputs, (str, Path)) or hasattr(inputs, "__fspath__"):
+        if isinstance(inputs, (str, PathLike)):
             npz = str(Path(inputs).absolute())
         else:
+            expect("inputs", inputs, Mapping, "a dict of arrays by name, or the path of an .npz file")
             save_arrays(folder / INPUTS, {name: np.asarray(array) for name, array in inputs.items()})
         ask("run", folder, _found(archive), limits, npz=npz)
         try:
@@ -86,7 +91,7 @@ def inspect(archive: str | PathLike[str], *, limits: Limits = _DEFAULT) -> dict[
 
 
 def _found(archive: str | PathLike[str]) -> Path:
-    path = Path(archive).absolute()
+    path = as_path("archive", archive).absolute()
     if not os.path.exists(path):  # noqa: PTH110  # unlike Path.exists, it has an answer for any name
         raise T2NErrorNotFoundFile(f"no archive at {str(archive)!r}")
     return path

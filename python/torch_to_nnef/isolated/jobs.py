@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,11 @@ def verify(folder: Path, archive: Path, npz: Sequence[str], sizes: Mapping[str, 
     given = {name: array for path in npz for name, array in load_arrays(Path(path)).items()}
     wanted = {fact.name: given.pop(fact.name) for fact in model.outputs if fact.name in given}
     _refuse_unknown(given, model)
+    symbols = {name for fact in model.inputs for dim in fact.shape for name in re.findall(r"[A-Za-z_]\w*", str(dim))}
+    if unknown := sorted(sizes.keys() - symbols):
+        raise T2NErrorInvalidArgument(
+            f"no input has a size {', '.join(unknown)}; there are {sorted(symbols) or 'none'}"
+        )
     _stage(folder, "running it")
     inputs = {fact.name: given[fact.name] if fact.name in given else _zeros(fact, sizes) for fact in model.inputs}
     began = time.perf_counter()

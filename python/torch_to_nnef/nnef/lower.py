@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torch_to_nnef.exceptions import T2NErrorMissingOpEmitter, T2NErrorNotImplemented
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorMissingOpEmitter, T2NErrorNotImplemented
 from torch_to_nnef.graph.experts import routed_experts
 from torch_to_nnef.graph.ir import Graph, Node, Value
 from torch_to_nnef.nnef.document import Document
@@ -204,6 +204,10 @@ class _Lowering:
             ref = self._ref(value)
             if ref.id == name:  # an input handed through under its own name
                 continue
+            if name in self.graph.input_names:
+                raise T2NErrorInvalidArgument(
+                    f"output {name!r} has the name of an input, but is not that input as it came"
+                )
             if ref.id in produced and ref.id not in rename:
                 rename[ref.id] = name
             else:

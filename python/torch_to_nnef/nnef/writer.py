@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from torch_to_nnef._native import ArchiveWriter, Staging
 from torch_to_nnef.exceptions import T2NErrorInvalidArgument
-from torch_to_nnef.files import require_space, writing
+from torch_to_nnef.files import as_path, require_space, writing
 from torch_to_nnef.nnef.document import Document
 from torch_to_nnef.nnef.text import graph_text, quant_text
 from torch_to_nnef.op.dtypes import tract_dtype
@@ -24,9 +24,9 @@ def target_path(path: str | Path, compression_level: int | None) -> tuple[Path, 
 
     Raises `T2NErrorInvalidArgument` for a path without `.nnef` or a level outside 0..9.
     """
-    path = Path(path)
-    if compression_level is not None and not 0 <= compression_level <= 9:
-        raise T2NErrorInvalidArgument(f"compression_level must be None or 0..9, not {compression_level}")
+    path = as_path("the path of the archive", path)
+    if compression_level is not None and not (isinstance(compression_level, int) and 0 <= compression_level <= 9):
+        raise T2NErrorInvalidArgument(f"compression_level must be None or 0..9, not {compression_level!r}")
     if path.name.endswith(".nnef.tar"):
         return path, "tar"
     if path.name.endswith(".nnef.tgz"):
@@ -93,7 +93,7 @@ def write_archive(
 
 def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """The elements as little-endian bytes, 1-D, without a copy where the tensor is contiguous on CPU."""
-    return loaded(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return loaded(tensor).detach().cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _add_plain(writer: ArchiveWriter, label: str, tensor: torch.Tensor) -> None:

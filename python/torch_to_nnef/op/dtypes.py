@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torch_to_nnef.exceptions import T2NErrorNotImplemented
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, T2NErrorNotImplemented
 
 _TRACT = {
     torch.float16: "f16",
@@ -32,7 +32,9 @@ def tract_dtype(dtype: torch.dtype, where: str) -> str:
 
 
 def check_storable(tensor: torch.Tensor, where: str) -> None:
-    """Raise `T2NErrorNotImplemented` for a constant that tract 0.23.9 cannot read from a file."""
+    """Refuse a constant that tract 0.23.9 cannot read from a file, and, as `T2NErrorInvalidArgument`, one without values."""
+    if tensor.is_meta:
+        raise T2NErrorInvalidArgument(f"`{where}` has no values, it is on the meta device: load the weights first")
     if tensor.dtype is torch.bool and not tensor.numel():
         raise T2NErrorNotImplemented(
             f"a boolean tensor without elements (at {where}) cannot be read by tract; use integers"

@@ -98,6 +98,7 @@ class Emitter:
     def constant(self, tensor: torch.Tensor, hint: str) -> Ref:
         """A tensor the handler computed, stored once in the archive however many nodes need it."""
         check_storable(tensor, self.node.where())
+        tract_dtype(tensor.dtype, self.node.where())
         key = (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
         if key not in self._constants:
             name = self._fresh(None, f"constant_{hint}")

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from torch_to_nnef.exceptions import T2NErrorInconsistentTensor
 from torch_to_nnef.quantize.measures import measures_of
 from torch_to_nnef.quantize.rows import TensorRow, record, weight_error
 from torch_to_nnef.quantize.targets import Selection, Target, find_targets
@@ -85,6 +86,11 @@ def _encoded(target: Target, encode: Encode, method: str) -> tuple[QTensor, Tens
     began = time.perf_counter()
     read = replace(target, tensor=_read(target.tensor.detach()))
     codes = packed_rows(read, encode, target.places[0].fqn)
+    if not isinstance(codes, QTensor) or codes.shape != target.tensor.shape:
+        found = f"{type(codes).__name__} {list(getattr(codes, 'shape', ()))}"
+        raise T2NErrorInconsistentTensor(
+            f"`{target.places[0].fqn}`: encode must return a QTensor of shape {list(target.tensor.shape)}, not {found}"
+        )
     row = row_of(read, codes, method, seconds=time.perf_counter() - began)
     return codes.offload() if isinstance(target.tensor, OffloadedTensor) else codes, row
 

@@ -52,7 +52,7 @@ class Budget:
         if self.target_bpw is not None and self.max_kl is not None:
             raise T2NErrorInvalidArgument("target_bpw and max_kl: ask for one of both")
         for name, value in (("target_bpw", self.target_bpw), ("max_kl", self.max_kl)):
-            if value is not None and not 0 < value < float("inf"):
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
                 raise T2NErrorInvalidArgument(f"{name}: {value!r} is not a number above 0")
 
     def __bool__(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorNotFoundFile
+from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorNotFoundFile, expect
 from torch_to_nnef.isolated.arrays import load_arrays
 from torch_to_nnef.torch_internals import pytree
 
@@ -174,6 +174,7 @@ def as_calibration(
             return Calibration.of_npz(items[0], others)
         if tokenizer is None:
             raise T2NErrorInvalidArgument("calibration texts need a tokenizer")
+        expect("tokenizer", tokenizer, Callable, "a tokenizer of transformers")  # type: ignore[arg-type]
         return Calibration.of_texts(
             (i if isinstance(i, str) else read_text(i) for i in items), tokenizer, arguments=others
         )

@@ -37,6 +37,8 @@ class Judge:
                 f"{type(model).__name__}: its outputs on the calibration are no finite floats"
             )
         as_kl = says_logits or all(_are_probabilities(tensors[0]) for tensors in self._exact)
+        if measure not in (*UNITS, None):
+            raise T2NErrorInvalidArgument(f"measure: one of {', '.join(UNITS)} is expected, not {measure!r}")
         self.measure: Measure = measure or ("kl" if as_kl else "error")
 
     def distance(self, outputs: Sequence[Any]) -> float:

@@ -8,7 +8,7 @@ of the module's class.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, expect
 from torch_to_nnef.quantize.folds import Fold
 from torch_to_nnef.quantize.norms import Norm
 from torch_to_nnef.tensor.quant.base import FLOAT_DTYPES, QTensor
@@ -182,7 +182,10 @@ def find_targets(
 
     """
     selection = selection or Selection()
+    expect("classes", classes, (Collection, type(None)), "a list of module classes")
     wanted = DEFAULT_CLASSES if classes is None else tuple(classes)
+    for cls in wanted:
+        expect("classes", cls, type, "a class of modules")
     everything = set(DEFAULT_CLASSES) <= set(wanted)
     wanted_uses = {use for known, use in _CLASS_USE if issubclass(known, wanted)}
     wanted_uses |= {Use.MATMUL, Use.EXPERTS} if Use.LINEAR in wanted_uses else set()
@@ -258,8 +261,16 @@ def as_filters(filters: Filters) -> Iterator[Filter]:
     """One filter or several, as several."""
     if isinstance(filters, (str, re.Pattern)) or callable(filters):
         yield filters
-    else:
+    elif isinstance(filters, Collection):
         yield from filters
+    else:
+        raise _no_filter(filters)
+
+
+def _no_filter(given: object) -> T2NErrorInvalidArgument:
+    return T2NErrorInvalidArgument(
+        f"a filter is a glob, a compiled regex or a callable (module, name) -> bool, or a list of them: got {given!r}"
+    )
 
 
 def _match_one(one: Filter, place: Place) -> bool:
@@ -270,9 +281,7 @@ def _match_one(one: Filter, place: Place) -> bool:
     if isinstance(one, re.Pattern):
         return one.search(place.fqn) is not None
     if not callable(one):
-        raise T2NErrorInvalidArgument(
-            f"a filter is a glob, a compiled regex or a callable (module, name) -> bool: got {one!r}"
-        )
+        raise _no_filter(one)
     return bool(one(place.module, place.fqn))
 
 

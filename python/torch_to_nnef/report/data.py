@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch_to_nnef._native import write_text
+from torch_to_nnef.files import as_path
 from torch_to_nnef.report import html, markdown, terminal
 
 if TYPE_CHECKING:
@@ -136,15 +137,17 @@ class Report:
 
         Raises `T2NErrorNotFoundFile` if its folder is not there, `T2NErrorRuntime` if the system refuses.
         """
-        write_text(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(
+            as_path("path", path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
     def to_html(self, path: str | PathLike[str]) -> None:
         """Write one self-contained page to `path`, as `to_json` does."""
-        write_text(Path(path), html.page(self))
+        write_text(as_path("path", path), html.page(self))
 
     def to_markdown(self, path: str | PathLike[str]) -> None:
         """Write Markdown to `path`, as `to_json` does."""
-        write_text(Path(path), markdown.page(self))
+        write_text(as_path("path", path), markdown.page(self))
 
     def __str__(self) -> str:
         return terminal.text(self)

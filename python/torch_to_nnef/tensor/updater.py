@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorInconsistentTensor, T2NErrorInvalidArgument, expect
 from torch_to_nnef.tensor.quant.base import QTensor
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class ModTensorUpdater:
     """Index of the parameters and buffers of `model`: tensor -> all places that hold it, kept up to date."""
 
     def __init__(self, model: nn.Module) -> None:
+        expect("model", model, nn.Module, "a torch.nn.Module")
         self._entries: dict[int, tuple[torch.Tensor, list[Place]]] = {}
         self._by_name: dict[str, int] = {}
         for prefix, module in model.named_modules(remove_duplicate=False):
