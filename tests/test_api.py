@@ -1,5 +1,6 @@
 """`quantize_and_verify`: choices by tensor, registries, copies and in-place work, errors that change nothing."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -159,6 +160,62 @@ def test_a_registry_of_ones_own_gets_calibration_and_may_return_a_model(model, t
 
     report = run(model, tmp_path / "m.nnef", "counted", {"counted": counted}, calibration=iter([1, 2]))
     assert "hidden.weight" in storage(report)
+
+
+class Tripled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids):
+        return 3 * self.inner(ids)
+
+
+def packed_copy(model, **_):
+    return DEFAULT_COMPRESSION["min_max_q4_0"](copy.deepcopy(model))
+
+
+def tripled(model, **_):
+    return Tripled(packed_copy(model))
+
+
+def without_bias(model, **_):
+    model.hidden = nn.Linear(32, 64, bias=False)
+    nn.init.constant_(model.hidden.weight, 0.01)
+
+
+@pytest.mark.parametrize("method", [packed_copy, tripled, without_bias])
+def test_what_a_method_makes_is_what_is_exported(model, tmp_path, method):
+    wanted = copy.deepcopy(model)
+    wanted = method(wanted) or wanted
+    path = tmp_path / "m.nnef"
+    assert run(model, path, method).ok
+    found = TractModel.load(path).run(IDS)["output"]
+    np.testing.assert_allclose(found, wanted(IDS).detach().numpy(), atol=1e-4)
+
+
+def test_a_method_that_returns_another_model_cannot_work_in_place(model, tmp_path):
+    before = snapshot(model)
+    with pytest.raises(T2NErrorInvalidArgument, match="inplace"):
+        run(model, tmp_path / "m.nnef", packed_copy, inplace=True)
+    assert_untouched(model, before)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_method_may_not_change_what_comes_out(model, tmp_path):
+    modules = list(model.modules())
+
+    def cut(model, **_):
+        model.head = nn.Linear(32, 5)
+
+    with pytest.raises(T2NErrorInvalidArgument, match="other outputs"):
+        run(model, tmp_path / "m.nnef", cut, inplace=True)
+    assert list(model.modules()) == modules
+
+
+def test_what_packing_cost_is_not_told_of_weights_that_came_packed(model, tmp_path):
+    report = run(DEFAULT_COMPRESSION["q40"](model), tmp_path / "m.nnef", None)
+    assert {(row.storage, row.snr_db) for row in report.rows} == {("q40", None)}
 
 
 @pytest.mark.parametrize("form", ["generator", "loader", "texts"])

@@ -1,6 +1,7 @@
 """The contract of `export_model_to_nnef`: forms, names, determinism, errors, and the user's model left alone."""
 
 import hashlib
+import os
 
 import pytest
 import torch
@@ -328,6 +329,14 @@ def test_what_is_no_archive_is_not_replaced_and_that_is_said_at_once(tmp_path, n
     with pytest.raises(T2NErrorInvalidArgument, match=error):
         quantize_and_verify(Unseen(), torch.ones(1), tmp_path / name, method=None, force=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    path = tmp_path / "m.nnef.tar"
+    os.mkfifo(path)
+    with pytest.raises(T2NErrorInvalidArgument, match="is not a file"):
+        export(mlp(), torch.randn(2, 32), path)
+    assert path.is_fifo()
 
 
 def test_a_link_to_an_archive_that_is_a_folder_is_not_replaced(tmp_path):

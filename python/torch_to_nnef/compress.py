@@ -190,8 +190,8 @@ class Choice:
                 raise T2NErrorInvalidArgument(
                     f"no quantization method {key!r}; the registry has {sorted(self.registry)}, beside f16 and f32"
                 )
-        for method in self.methods:
-            expect("method", method, Callable, "a function")  # type: ignore[arg-type]
+            if isinstance(key, str) and key in self.registry:
+                expect(f"method {key!r}", self.registry[key], Callable, "a function")  # type: ignore[arg-type]
         if self.fallback not in (None, "f16", "pad", "error"):
             raise T2NErrorInvalidArgument(f"fallback is None, 'f16', 'pad' or 'error': got {self.fallback!r}")
         if self.budget and not self.methods:

@@ -322,6 +322,15 @@ def test_commands_exit_with_the_codes_of_the_contract(archive, command, tmp_path
     ]
 
 
+def test_a_device_or_pipe_is_not_replaced_even_by_force(archive, command, tmp_path):
+    isolated.save_arrays(tmp_path / "x.npz", {"x": X})
+    os.mkfifo(tmp_path / "y.npz")  # as /dev/null, which root may replace
+    done = command("run", archive(), "x.npz", "y.npz", "--force")
+    assert done.exit_code == 2
+    assert "device or pipe" in done.stderr
+    assert (tmp_path / "y.npz").is_fifo()
+
+
 def test_an_interrupt_is_130_and_ends_the_child(archive, command, monkeypatch):
     ended = []
     _when_running(monkeypatch, lambda child: (ended.append(child), os.kill(os.getpid(), signal.SIGINT)))

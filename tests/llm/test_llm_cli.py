@@ -155,6 +155,7 @@ def test_an_adapter_may_stand_for_itself(run):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        ([], "-e DIR"),
         (["-s", "a/b"], "-e DIR"),
         (["-e", "out"], "one of both"),
         (["-e", "out", "-s", "a/b", "-d", "."], "one of both"),

@@ -25,9 +25,8 @@ _BARE = {"-c": _LIST, "--compression-method": _LIST, "-mp": _ITSELF, "--merge-pe
 
 class _WithBareOptions(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        following = [*args[1:], "-"]
         given: list[str] = []
-        for arg, after in zip(args, following, strict=True):
+        for arg, after in zip(args, [*args[1:], "-"], strict=False):  # one more than none
             given += [arg, _BARE[arg]] if arg in _BARE and after.startswith("-") else [arg]
         return super().parse_args(ctx, given)
 

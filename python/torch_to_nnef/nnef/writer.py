@@ -46,7 +46,7 @@ def check_replaceable(path: Path, form: str) -> None:
     """
     with writing(path):
         if form != "folder":
-            if path.is_dir():
+            if path.exists() and not path.is_file():
                 raise T2NErrorInvalidArgument(f"{path} exists and is not a file")
             return
         if path.is_symlink() or (path.exists() and not path.is_dir()):
