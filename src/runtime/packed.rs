@@ -21,7 +21,7 @@ const ONE_TYPE: [&str; 2] = ["LstmEpilogue", "GruEpilogue"];
 
 type Checked = Result<(), String>;
 
-/// Two sizes that a product needs to be equal, and are not provably so; one of them may be 1 if `broadcast`.
+/// Two sizes that a product or a loop needs to be equal, and are not provably so; one of them may be 1 if `broadcast`.
 #[derive(Debug)]
 pub struct Equal {
     sizes: [TDim; 2],
@@ -36,7 +36,7 @@ impl Equal {
             return Ok(());
         }
         let [first, second] = &self.sizes;
-        Err(format!("a product along {first} = {a} and {second} = {b}, which must be equal"))
+        Err(format!("a product or loop along {first} = {a} and {second} = {b}, which must be equal"))
     }
 }
 
@@ -53,6 +53,7 @@ pub fn check(model: &TypedModel) -> Result<Vec<Equal>, String> {
             constant.insert(node.id);
         }
         if let Some(scan) = node.op_as::<Scan>() {
+            equal.extend(steps(model, node, scan).map_err(|why| named(&why))?);
             equal.extend(check(&scan.body)?);
         }
         if let Some(constant) = node.op_as::<Const>()
@@ -99,6 +100,34 @@ fn check_operands(model: &TypedModel, node: &TypedNode, constant: &HashSet<usize
         return Err(format!("{} with operands of several types", node.op.name()));
     }
     Ok(())
+}
+
+/// tract leaves what a loop skips, and the rest of a step, as memory was before; it takes the length of the first operand
+/// for that of all.
+fn steps(model: &TypedModel, node: &TypedNode, scan: &Scan) -> Result<Vec<Equal>, String> {
+    let facts = model.node_input_facts(node.id).map_err(|e| format!("{e:#}"))?;
+    let scanned = scan.input_mapping.iter().zip(facts).filter_map(|(mapping, fact)| Some((mapping.as_scan()?, fact)));
+    let given = scan.output_mapping.iter().enumerate().filter_map(|(at, mapping)| Some((at, mapping.scan?.1)));
+    let mut whole = scan.skip == 0;
+    let mut lengths = Vec::new();
+    for (info, fact) in scanned {
+        whole &= info.chunk.abs() == 1;
+        lengths.push(fact.shape.get(info.axis).ok_or("a loop along an axis that is not there")?);
+    }
+    for (at, info) in given {
+        let fact = scan.body.output_fact(at).map_err(|e| format!("{e:#}"))?;
+        whole &= info.chunk.abs() == 1 && fact.shape.get(info.axis) == Some(&TDim::Val(1));
+    }
+    if !whole {
+        return Err("a loop whose steps do not each take and give one element of an axis".to_owned());
+    }
+    let mut equal = Vec::new();
+    for pair in lengths.windows(2).filter(|pair| pair[0] != pair[1]) {
+        let pair = Equal { sizes: [pair[0].clone(), pair[1].clone()], broadcast: false };
+        pair.check(&SymbolValues::default())?;
+        equal.push(pair);
+    }
+    Ok(equal)
 }
 
 /// Of a packed tensor; None if it cannot be in blocks.

@@ -191,8 +191,8 @@ fn unsqueeze(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> Tra
 fn window(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
     let [size, padding] = ["size", "padding"].map(|argument| numbers(builder, invocation, argument));
     let [axes, pads] = [size?, padding?].map(|written| written.map(|numbers| numbers.len()));
-    let fits = axes.zip(pads).is_some_and(|(axes, pads)| axes > 1 && (pads == 0 || pads == 2 * axes));
-    ensure!(fits, "a window whose size and padding are not written for all axes, batch and channel included");
+    let fits = axes.zip(pads).is_some_and(|(axes, pads)| axes > 2 && (pads == 0 || pads == 2 * axes));
+    ensure!(fits, "a window whose size and padding are not written for batch, channel and at least one more axis");
     Ok(())
 }
 

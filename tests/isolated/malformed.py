@@ -270,6 +270,7 @@ def operands() -> Iterator[Case]:
             ("1.0", []),
             ("sum_reduce(x)[0]", []),
             ("squeeze(slice(x, axes = [0], begin = [0], end = [1]), axes = [0])", [1]),
+            ("x", [1, 1]),
         ):
             yield f"{pool} of too few axes in {operand}", text(f"[y] = {pool}({operand}, size = {size});")
     for padding in (
@@ -314,6 +315,20 @@ def operands() -> Iterator[Case]:
             for call in ("conv(i, i", "deconv(i, i", "box(i, size = [1, 1, 1, 1]", "max_pool(i, size = [1, 1, 1, 1]", "debox(i, size = [1, 1, 1, 1]"):
                 asked = steps if "conv" in call else [1, 1, *steps]
                 yield f"{call} with {argument} {asked}", text(f"i = unsqueeze(x, axes = [0, 1]);\ny = {call}, {argument} = {asked});")
+    body = "(a: tensor<scalar>, h: tensor<scalar>) -> (o: tensor<scalar>, n: tensor<scalar>) {{ n = {}; o = {}; }}\n"
+    row = "slice(x, axes = [0], begin = [0], end = [1])"
+    for scanned, state, following, given, output, more in (
+        ('("a", x, 0, 1)', row, "h + a", "n", '("o", "full", 0, 1)', "skip = 1"),
+        ('("a", x, 0, 1)', row, "h + a", "concat([a, h], axis = 0)", '("o", "full", 0, 1)', "skip = 0"),
+        ('("a", x, 0, -1)', row, "h + a", "concat([a, h], axis = 0)", '("o", "full", 0, -1)', "skip = 0"),
+        ('("a", x, 0, 3)', "slice(x, axes = [0], begin = [0], end = [3])", "h + a", "n", '("o", "full", 0, 3)', "skip = 0"),
+        ('("a", x, 0, 2)', row, "h", "sum_reduce(a, axes = [0])", '("o", "full", 0, 1)', "skip = 0"),
+        (f'("a", x, 0, 1), ("h", {row}, 0, 1)', "", "h + a", "n", '("o", "full", 0, 1)', "skip = 0"),
+        (f'("a", {row}, 0, 1), ("h", external<scalar>(shape = [3, 32]), 0, -1)', "", "h + a", "n", '("o", "full", 0, 1)', "skip = 0"),
+    ):  # fmt: skip
+        states = f'("h", {state}, "n")' if state else ""
+        loop = f'tract_core_scan("f", scan = [{scanned}], full = [], state = [{states}], output = [{output}], {more})'
+        yield f"{loop} of {following}, {given}", text(f"y = {loop};", "fragment f" + body.format(following, given))
     for expr, shape in (("ab,cb->ac", "4, 1"), ("ab,b->a", "1")):
         for width in ("32", "S"):
             body = f'z = external<scalar>(shape = [4, {width}]);\ny = tract_core_einsum([z, external<scalar>(shape = [{shape}])], expr = "{expr}", acc = "f32");'
