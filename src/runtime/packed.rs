@@ -8,16 +8,15 @@ use tract_core::ops::binary::TypedBinOp;
 use tract_core::ops::change_axes::AxisOp;
 use tract_core::ops::cnn::Conv;
 use tract_core::ops::einsum::EinSum;
+use tract_core::ops::gru_cell::GruEpilogue;
 use tract_core::ops::konst::Const;
+use tract_core::ops::lstm_cell::LstmEpilogue;
 use tract_core::ops::scan::Scan;
 use tract_linalg::block_quant::BlockQuantStorage;
-use tract_nnef::internal::{InOut, OutletId, SymbolValues, TDim, TypedFact, TypedModel, TypedNode};
+use tract_nnef::internal::{InOut, OutletId, SymbolValues, TDim, ToDim, TypedFact, TypedModel, TypedNode};
 
 use crate::q40::GROUP_SIZE;
 use crate::q40::block::BLOCK_BYTES;
-
-/// Operators that read all operands as the type of the first one.
-const ONE_TYPE: [&str; 2] = ["LstmEpilogue", "GruEpilogue"];
 
 type Checked = Result<(), String>;
 
@@ -87,8 +86,8 @@ pub fn check(model: &TypedModel) -> Result<Vec<Equal>, String> {
     Ok(equal)
 }
 
-/// tract reads the first element of a constant beside an operand, also where there is none, and the operands of some
-/// operators as if they had the type of the first.
+/// tract reads the first element of a constant beside an operand, also where there is none; the operands of a cell as if they
+/// had the type of the first; and of its state whole rows alone.
 fn check_operands(model: &TypedModel, node: &TypedNode, constant: &HashSet<usize>) -> Checked {
     let facts = model.node_input_facts(node.id).map_err(|e| format!("{e:#}"))?;
     let empty = |fact: &TypedFact| fact.shape.iter().any(|size| *size == TDim::Val(0));
@@ -96,8 +95,12 @@ fn check_operands(model: &TypedModel, node: &TypedNode, constant: &HashSet<usize
     {
         return Err("an operand is a constant without elements".to_owned());
     }
-    if ONE_TYPE.contains(&&*node.op.name()) && facts.iter().any(|fact| fact.datum_type != facts[0].datum_type) {
-        return Err(format!("{} with operands of several types", node.op.name()));
+    let lstm = node.op_as::<LstmEpilogue>().map(|cell| cell.hidden);
+    if let Some(hidden) = lstm.or_else(|| node.op_as::<GruEpilogue>().map(|cell| cell.hidden)) {
+        let state = facts.last().and_then(|fact| fact.shape.last()) == Some(&hidden.to_dim());
+        if !state || facts.iter().any(|fact| fact.datum_type != facts[0].datum_type) {
+            return Err(format!("a cell whose operands differ in type, or whose state has no rows of {hidden}"));
+        }
     }
     Ok(())
 }

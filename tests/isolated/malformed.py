@@ -310,6 +310,14 @@ def operands() -> Iterator[Case]:
         yield f"an LSTM with a state of {to}", text(f"y = tract_core_lstm_epilogue(x, {other.format(state)}, hidden = 8)[1];")
         for operands in ((gates, other.format(gates), state), (gates, gates, other.format(state))):
             yield f"a GRU of {operands}", text(f"y = tract_core_gru_epilogue({', '.join(operands)}, hidden = 8);")
+    wide = "slice(x, axes = [1], begin = [0], end = [9])"
+    yield "an LSTM with a state of more than it hides", text(f"y = tract_core_lstm_epilogue(x, {wide}, hidden = 8)[1];")
+    for padding in ([(0, 0), (0, -1)], [(-1, 0), (0, 0)]):
+        asked = [(0, 0), (0, 0), *padding]
+        yield f"a box with padding {padding}", text(f"i = unsqueeze(x, axes = [0, 1]);\ny = box(i, size = [1, 1, 1, 3], padding = {asked});")
+        yield f"a convolution with padding {padding}", text(f"i = unsqueeze(x, axes = [0, 1]);\ny = conv(i, i, padding = {padding});")
+    for size in ([1, 1, 0, 1], [1, 1, 1, -3]):
+        yield f"a window of {size}", text(f"i = unsqueeze(x, axes = [0, 1]);\ny = max_pool(i, size = {size});")
     for argument in ("stride", "dilation"):
         for steps in ([0, 1], [1, -1], [1, -(1 << 31)]):
             for call in ("conv(i, i", "deconv(i, i", "box(i, size = [1, 1, 1, 1]", "max_pool(i, size = [1, 1, 1, 1]", "debox(i, size = [1, 1, 1, 1]"):
