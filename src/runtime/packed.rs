@@ -8,20 +8,19 @@ use tract_core::ops::binary::TypedBinOp;
 use tract_core::ops::change_axes::AxisOp;
 use tract_core::ops::cnn::Conv;
 use tract_core::ops::einsum::EinSum;
+use tract_core::ops::gru_cell::GruEpilogue;
 use tract_core::ops::konst::Const;
+use tract_core::ops::lstm_cell::LstmEpilogue;
 use tract_core::ops::scan::Scan;
 use tract_linalg::block_quant::BlockQuantStorage;
-use tract_nnef::internal::{InOut, OutletId, SymbolValues, TDim, TypedFact, TypedModel, TypedNode};
+use tract_nnef::internal::{InOut, OutletId, SymbolValues, TDim, ToDim, TypedFact, TypedModel, TypedNode};
 
 use crate::q40::GROUP_SIZE;
 use crate::q40::block::BLOCK_BYTES;
 
-/// Operators that read all operands as the type of the first one.
-const ONE_TYPE: [&str; 2] = ["LstmEpilogue", "GruEpilogue"];
-
 type Checked = Result<(), String>;
 
-/// Two sizes that a product needs to be equal, and are not provably so; one of them may be 1 if `broadcast`.
+/// Two sizes that a product or a loop needs to be equal, and are not provably so; one of them may be 1 if `broadcast`.
 #[derive(Debug)]
 pub struct Equal {
     sizes: [TDim; 2],
@@ -36,7 +35,7 @@ impl Equal {
             return Ok(());
         }
         let [first, second] = &self.sizes;
-        Err(format!("a product along {first} = {a} and {second} = {b}, which must be equal"))
+        Err(format!("a product or loop along {first} = {a} and {second} = {b}, which must be equal"))
     }
 }
 
@@ -53,6 +52,7 @@ pub fn check(model: &TypedModel) -> Result<Vec<Equal>, String> {
             constant.insert(node.id);
         }
         if let Some(scan) = node.op_as::<Scan>() {
+            equal.extend(steps(model, node, scan).map_err(|why| named(&why))?);
             equal.extend(check(&scan.body)?);
         }
         if let Some(constant) = node.op_as::<Const>()
@@ -86,8 +86,8 @@ pub fn check(model: &TypedModel) -> Result<Vec<Equal>, String> {
     Ok(equal)
 }
 
-/// tract reads the first element of a constant beside an operand, also where there is none, and the operands of some
-/// operators as if they had the type of the first.
+/// tract reads the first element of a constant beside an operand, also where there is none; the operands of a cell as if they
+/// had the type of the first; and of its state whole rows alone.
 fn check_operands(model: &TypedModel, node: &TypedNode, constant: &HashSet<usize>) -> Checked {
     let facts = model.node_input_facts(node.id).map_err(|e| format!("{e:#}"))?;
     let empty = |fact: &TypedFact| fact.shape.iter().any(|size| *size == TDim::Val(0));
@@ -95,10 +95,42 @@ fn check_operands(model: &TypedModel, node: &TypedNode, constant: &HashSet<usize
     {
         return Err("an operand is a constant without elements".to_owned());
     }
-    if ONE_TYPE.contains(&&*node.op.name()) && facts.iter().any(|fact| fact.datum_type != facts[0].datum_type) {
-        return Err(format!("{} with operands of several types", node.op.name()));
+    let lstm = node.op_as::<LstmEpilogue>().map(|cell| cell.hidden);
+    if let Some(hidden) = lstm.or_else(|| node.op_as::<GruEpilogue>().map(|cell| cell.hidden)) {
+        let state = facts.last().and_then(|fact| fact.shape.last()) == Some(&hidden.to_dim());
+        if !state || facts.iter().any(|fact| fact.datum_type != facts[0].datum_type) {
+            return Err(format!("a cell whose operands differ in type, or whose state has no rows of {hidden}"));
+        }
     }
     Ok(())
+}
+
+/// tract leaves what a loop skips, and the rest of a step, as memory was before; it takes the length of the first operand
+/// for that of all.
+fn steps(model: &TypedModel, node: &TypedNode, scan: &Scan) -> Result<Vec<Equal>, String> {
+    let facts = model.node_input_facts(node.id).map_err(|e| format!("{e:#}"))?;
+    let scanned = scan.input_mapping.iter().zip(facts).filter_map(|(mapping, fact)| Some((mapping.as_scan()?, fact)));
+    let given = scan.output_mapping.iter().enumerate().filter_map(|(at, mapping)| Some((at, mapping.scan?.1)));
+    let mut whole = scan.skip == 0;
+    let mut lengths = Vec::new();
+    for (info, fact) in scanned {
+        whole &= info.chunk.abs() == 1;
+        lengths.push(fact.shape.get(info.axis).ok_or("a loop along an axis that is not there")?);
+    }
+    for (at, info) in given {
+        let fact = scan.body.output_fact(at).map_err(|e| format!("{e:#}"))?;
+        whole &= info.chunk.abs() == 1 && fact.shape.get(info.axis) == Some(&TDim::Val(1));
+    }
+    if !whole {
+        return Err("a loop whose steps do not each take and give one element of an axis".to_owned());
+    }
+    let mut equal = Vec::new();
+    for pair in lengths.windows(2).filter(|pair| pair[0] != pair[1]) {
+        let pair = Equal { sizes: [pair[0].clone(), pair[1].clone()], broadcast: false };
+        pair.check(&SymbolValues::default())?;
+        equal.push(pair);
+    }
+    Ok(equal)
 }
 
 /// Of a packed tensor; None if it cannot be in blocks.

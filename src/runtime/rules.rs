@@ -43,21 +43,10 @@ const AMOUNTS: [(&str, &str, i64); 17] = [
     ("max_pool_with_index", "size", 1 << 18),
 ];
 
-/// What windows step by, of which tract takes 0 and less for very much: `(operator, argument)`.
-const STEPS: [(&str, &str); 12] = [
-    ("conv", "stride"),
-    ("conv", "dilation"),
-    ("deconv", "stride"),
-    ("deconv", "dilation"),
-    ("box", "stride"),
-    ("box", "dilation"),
-    ("debox", "stride"),
-    ("debox", "dilation"),
-    ("max_pool_with_index", "stride"),
-    ("max_pool_with_index", "dilation"),
-    ("tract_core_qconv", "stride"),
-    ("tract_core_qconv", "dilation"),
-];
+/// Operators that slide a window.
+const WINDOWS: [&str; 6] = ["conv", "deconv", "box", "debox", "max_pool_with_index", "tract_core_qconv"];
+/// `(argument, least number)` of theirs: tract takes what is less for very much.
+const LEAST: [(&str, i64); 4] = [("size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)];
 
 type Check = fn(&mut ModelBuilder, &ResolvedInvocation) -> TractResult<()>;
 type CheckBuilt = fn(&mut ModelBuilder, &ResolvedInvocation, OutletId) -> TractResult<()>;
@@ -98,9 +87,9 @@ fn checked(builder: &mut ModelBuilder, asked: &ResolvedInvocation) -> TractResul
     for (_, argument, most) in AMOUNTS.iter().filter(|(operator, ..)| *operator == name) {
         amount(builder, invocation, argument, *most)?;
     }
-    for (_, argument) in STEPS.iter().filter(|(operator, _)| *operator == name) {
-        let steps = numbers(builder, invocation, argument)?.unwrap_or_default();
-        ensure!(steps.iter().all(|&step| step > 0), "{argument} {steps:?}: at least 1");
+    for (argument, least) in LEAST.iter().filter(|_| WINDOWS.contains(&name)) {
+        let asked = numbers(builder, invocation, argument)?.unwrap_or_default();
+        ensure!(asked.iter().all(|n| n >= least), "{argument} {asked:?}: at least {least}");
     }
     let built = own(builder, invocation)?;
     for (_, check) in AFTER.iter().filter(|(operator, _)| *operator == name) {
@@ -191,8 +180,8 @@ fn unsqueeze(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> Tra
 fn window(builder: &mut ModelBuilder, invocation: &ResolvedInvocation) -> TractResult<()> {
     let [size, padding] = ["size", "padding"].map(|argument| numbers(builder, invocation, argument));
     let [axes, pads] = [size?, padding?].map(|written| written.map(|numbers| numbers.len()));
-    let fits = axes.zip(pads).is_some_and(|(axes, pads)| axes > 1 && (pads == 0 || pads == 2 * axes));
-    ensure!(fits, "a window whose size and padding are not written for all axes, batch and channel included");
+    let fits = axes.zip(pads).is_some_and(|(axes, pads)| axes > 2 && (pads == 0 || pads == 2 * axes));
+    ensure!(fits, "a window whose size and padding are not written for batch, channel and at least one more axis");
     Ok(())
 }
 

@@ -270,6 +270,7 @@ def operands() -> Iterator[Case]:
             ("1.0", []),
             ("sum_reduce(x)[0]", []),
             ("squeeze(slice(x, axes = [0], begin = [0], end = [1]), axes = [0])", [1]),
+            ("x", [1, 1]),
         ):
             yield f"{pool} of too few axes in {operand}", text(f"[y] = {pool}({operand}, size = {size});")
     for padding in (
@@ -309,11 +310,33 @@ def operands() -> Iterator[Case]:
         yield f"an LSTM with a state of {to}", text(f"y = tract_core_lstm_epilogue(x, {other.format(state)}, hidden = 8)[1];")
         for operands in ((gates, other.format(gates), state), (gates, gates, other.format(state))):
             yield f"a GRU of {operands}", text(f"y = tract_core_gru_epilogue({', '.join(operands)}, hidden = 8);")
+    wide = "slice(x, axes = [1], begin = [0], end = [9])"
+    yield "an LSTM with a state of more than it hides", text(f"y = tract_core_lstm_epilogue(x, {wide}, hidden = 8)[1];")
+    for padding in ([(0, 0), (0, -1)], [(-1, 0), (0, 0)]):
+        asked = [(0, 0), (0, 0), *padding]
+        yield f"a box with padding {padding}", text(f"i = unsqueeze(x, axes = [0, 1]);\ny = box(i, size = [1, 1, 1, 3], padding = {asked});")
+        yield f"a convolution with padding {padding}", text(f"i = unsqueeze(x, axes = [0, 1]);\ny = conv(i, i, padding = {padding});")
+    for size in ([1, 1, 0, 1], [1, 1, 1, -3]):
+        yield f"a window of {size}", text(f"i = unsqueeze(x, axes = [0, 1]);\ny = max_pool(i, size = {size});")
     for argument in ("stride", "dilation"):
         for steps in ([0, 1], [1, -1], [1, -(1 << 31)]):
             for call in ("conv(i, i", "deconv(i, i", "box(i, size = [1, 1, 1, 1]", "max_pool(i, size = [1, 1, 1, 1]", "debox(i, size = [1, 1, 1, 1]"):
                 asked = steps if "conv" in call else [1, 1, *steps]
                 yield f"{call} with {argument} {asked}", text(f"i = unsqueeze(x, axes = [0, 1]);\ny = {call}, {argument} = {asked});")
+    body = "(a: tensor<scalar>, h: tensor<scalar>) -> (o: tensor<scalar>, n: tensor<scalar>) {{ n = {}; o = {}; }}\n"
+    row = "slice(x, axes = [0], begin = [0], end = [1])"
+    for scanned, state, following, given, output, more in (
+        ('("a", x, 0, 1)', row, "h + a", "n", '("o", "full", 0, 1)', "skip = 1"),
+        ('("a", x, 0, 1)', row, "h + a", "concat([a, h], axis = 0)", '("o", "full", 0, 1)', "skip = 0"),
+        ('("a", x, 0, -1)', row, "h + a", "concat([a, h], axis = 0)", '("o", "full", 0, -1)', "skip = 0"),
+        ('("a", x, 0, 3)', "slice(x, axes = [0], begin = [0], end = [3])", "h + a", "n", '("o", "full", 0, 3)', "skip = 0"),
+        ('("a", x, 0, 2)', row, "h", "sum_reduce(a, axes = [0])", '("o", "full", 0, 1)', "skip = 0"),
+        (f'("a", x, 0, 1), ("h", {row}, 0, 1)', "", "h + a", "n", '("o", "full", 0, 1)', "skip = 0"),
+        (f'("a", {row}, 0, 1), ("h", external<scalar>(shape = [3, 32]), 0, -1)', "", "h + a", "n", '("o", "full", 0, 1)', "skip = 0"),
+    ):  # fmt: skip
+        states = f'("h", {state}, "n")' if state else ""
+        loop = f'tract_core_scan("f", scan = [{scanned}], full = [], state = [{states}], output = [{output}], {more})'
+        yield f"{loop} of {following}, {given}", text(f"y = {loop};", "fragment f" + body.format(following, given))
     for expr, shape in (("ab,cb->ac", "4, 1"), ("ab,b->a", "1")):
         for width in ("32", "S"):
             body = f'z = external<scalar>(shape = [4, {width}]);\ny = tract_core_einsum([z, external<scalar>(shape = [{shape}])], expr = "{expr}", acc = "f32");'
