@@ -35,7 +35,7 @@ impl AtomicFile {
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
         let temp = owned(|| {
-            let temp = builder.tempfile_in(parent).map_err(plain)?;
+            let temp = builder.tempfile_in(parent).map_err(|e| plain(&e))?;
             Ok(own(temp.path(), temp.as_file()).then_some(temp))
         });
         Ok(Self { temp: temp.map_err(Error::io(target))?, target: target.to_path_buf() })
@@ -157,7 +157,7 @@ impl Drop for OwnedFolder {
 impl OwnedFolder {
     fn create(parent: &Path, prefix: &str) -> io::Result<Self> {
         owned(|| {
-            let temp = Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent).map_err(plain)?;
+            let temp = Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent).map_err(|e| plain(&e))?;
             let owner = process::id();
             if cfg!(not(unix)) {
                 return Ok(Some(Self { temp, owner, _lock: None })); // folders cannot be opened there
@@ -283,7 +283,7 @@ pub fn placed(path: &Path) -> PathBuf {
 }
 
 /// An error of `tempfile` without the path that it adds: [`Error::io`] adds one that callers know.
-fn plain(error: io::Error) -> io::Error {
+fn plain(error: &io::Error) -> io::Error {
     let text = error.to_string();
     io::Error::new(error.kind(), text.split(" at path ").next().unwrap_or_default())
 }
