@@ -15,6 +15,8 @@ pub const TEMP_PREFIX: &str = ".t2n-unfinished-";
 /// Start of the name of a folder that holds, under its own name, one that is being replaced.
 const ASIDE_PREFIX: &str = ".t2n-aside-";
 const RANDOM: usize = 8;
+/// File in a [`Staging`] that is locked too: on most network file systems other machines see no lock on a folder.
+const LOCK: &str = ".t2n-lock";
 
 /// A file that takes its place at [`Self::commit`]; dropped before, it leaves nothing.
 #[derive(Debug)]
@@ -33,7 +35,7 @@ impl AtomicFile {
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
         let temp = owned(|| {
-            let temp = builder.tempfile_in(parent).map_err(plain)?;
+            let temp = builder.tempfile_in(parent).map_err(|e| plain(&e))?;
             Ok(own(temp.path(), temp.as_file()).then_some(temp))
         });
         Ok(Self { temp: temp.map_err(Error::io(target))?, target: target.to_path_buf() })
@@ -91,6 +93,7 @@ impl AtomicFolder {
 /// A folder beside a target, to write it in; dropped, it is gone, and so are folders made above it that are empty.
 #[derive(Debug)]
 pub struct Staging {
+    _lock: File, // closed before the folder goes: NFS keeps the name of an open file
     folder: OwnedFolder,
     _above: Made,
 }
@@ -100,11 +103,14 @@ impl Staging {
     pub fn create(parent: &Path) -> Result<Self> {
         sweep(parent);
         let mut above = Made(Vec::new());
-        let folder = owned(|| {
+        let made = owned(|| {
             above.make(parent)?; // again if another process, which failed, removed it
-            OwnedFolder::create(parent, TEMP_PREFIX).map(Some)
+            let folder = OwnedFolder::create(parent, TEMP_PREFIX)?;
+            let lock = open_lock(folder.path())?;
+            Ok(own(&folder.path().join(LOCK), &lock).then_some((lock, folder)))
         });
-        Ok(Self { folder: folder.map_err(Error::io(parent))?, _above: above })
+        let (lock, folder) = made.map_err(Error::io(parent))?;
+        Ok(Self { _lock: lock, folder, _above: above })
     }
 
     /// Where it is.
@@ -151,7 +157,7 @@ impl Drop for OwnedFolder {
 impl OwnedFolder {
     fn create(parent: &Path, prefix: &str) -> io::Result<Self> {
         owned(|| {
-            let temp = Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent).map_err(plain)?;
+            let temp = Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent).map_err(|e| plain(&e))?;
             let owner = process::id();
             if cfg!(not(unix)) {
                 return Ok(Some(Self { temp, owner, _lock: None })); // folders cannot be opened there
@@ -186,6 +192,10 @@ fn own(path: &Path, file: &File) -> bool {
     !matches!(file.try_lock(), Err(TryLockError::WouldBlock)) && path.exists()
 }
 
+fn open_lock(folder: &Path) -> io::Result<File> {
+    File::options().write(true).create(true).truncate(false).open(folder.join(LOCK))
+}
+
 /// Removes what processes that are dead left unfinished in `folder`, and puts back what they had moved aside. An error
 /// leaves it for the next time.
 pub fn sweep(folder: &Path) {
@@ -205,10 +215,24 @@ pub fn sweep(folder: &Path) {
         } else if kind.is_dir() && (starts(TEMP_PREFIX) || starts(ASIDE_PREFIX)) {
             let Ok(lock) = File::open(&path) else { continue };
             if lock.try_lock().is_ok() {
-                let _left = if starts(ASIDE_PREFIX) { put_back(&path, folder) } else { fs::remove_dir_all(&path) };
+                let _left = if starts(ASIDE_PREFIX) { put_back(&path, folder) } else { remove_unowned(&path) };
             }
         }
     }
+}
+
+/// Removes an unfinished folder, unless another machine has a lock in it.
+fn remove_unowned(path: &Path) -> io::Result<()> {
+    let lock = match open_lock(path) {
+        Err(e) if e.kind() == ErrorKind::StorageFull => None, // removing helps
+        lock => Some(lock?),
+    };
+    if lock.as_ref().is_none_or(|lock| lock.try_lock().is_ok()) {
+        let _open = fs::remove_dir_all(path); // NFS: not before the lock is closed
+        drop(lock);
+        return fs::remove_dir_all(path);
+    }
+    Ok(())
 }
 
 /// [`sweep`] of the folder that holds `target`.
@@ -259,7 +283,7 @@ pub fn placed(path: &Path) -> PathBuf {
 }
 
 /// An error of `tempfile` without the path that it adds: [`Error::io`] adds one that callers know.
-fn plain(error: io::Error) -> io::Error {
+fn plain(error: &io::Error) -> io::Error {
     let text = error.to_string();
     io::Error::new(error.kind(), text.split(" at path ").next().unwrap_or_default())
 }

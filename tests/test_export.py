@@ -315,6 +315,7 @@ class Unseen(nn.Module):
     [
         ("m.nnef", "m.nnef/thesis.tex", r"holds more than an archive \(thesis.tex\)"),
         ("m.nnef", "m.nnef/graph.nnef m.nnef/a/w.dat m.nnef/a/notes", r"\(a/notes\)"),
+        ("m.nnef", "m.nnef/graph.nnef m.nnef/link", r"\(link\)"),
         ("m.nnef", "m.nnef", "is not a folder"),
         ("m.nnef.tgz", "m.nnef.tgz/x", "is not a file"),
     ],
@@ -322,7 +323,7 @@ class Unseen(nn.Module):
 def test_what_is_no_archive_is_not_replaced_and_that_is_said_at_once(tmp_path, name, there, error):
     for path in there.split():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text("mine")
+        (tmp_path / path).symlink_to(tmp_path) if path.endswith("link") else (tmp_path / path).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(T2NErrorInvalidArgument, match=error):
         export(Unseen(), torch.ones(1), tmp_path / name, compression_level=None)

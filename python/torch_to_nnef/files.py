@@ -75,7 +75,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 def require_space(path: Path, nbytes: int) -> None:
     """Raise `T2NErrorRuntime` unless the file system that `path` goes to has `nbytes` free. Quotas are not seen."""
     with writing(path):
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+        there = path.absolute()
+        free = shutil.disk_usage(next(folder for folder in (there, *there.parents) if folder.is_dir())).free
     if nbytes > free:
         raise T2NErrorRuntime(
             f"cannot write {path.name!r}: it takes {nbytes:,} bytes, and {free:,} are free on its file system"

@@ -31,6 +31,25 @@ fn what_the_dead_left_is_swept_and_nothing_else() {
 }
 
 #[test]
+fn a_folder_of_another_machine_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let temp = Builder::new().prefix(TEMP_PREFIX).rand_bytes(RANDOM).tempdir_in(dir.path()).unwrap();
+    let lock = open_lock(temp.path()).unwrap();
+    lock.try_lock().unwrap();
+    // NFS and FUSE have locks on folders for one machine alone.
+    let folder = OwnedFolder { temp, owner: process::id(), _lock: None };
+    let mut staging = Staging { _lock: lock, folder, _above: Made(Vec::new()) };
+    sweep(dir.path());
+    assert!(staging.path().exists());
+    let path = staging.path().to_path_buf();
+    staging.folder.temp.disable_cleanup(true); // as if killed
+    drop(staging);
+    assert!(path.exists());
+    sweep(dir.path());
+    assert!(!path.exists());
+}
+
+#[test]
 fn sweeps_take_nothing_from_those_who_write_meanwhile() {
     let dir = tempfile::tempdir().unwrap();
     let done = AtomicBool::new(false);

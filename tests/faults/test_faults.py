@@ -326,6 +326,16 @@ def test_too_little_space_is_said_before_the_first_byte(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_space_is_that_of_the_folder_itself(tmp_path, monkeypatch):
+    """Which may be a mount point."""
+    usage, seen = shutil.disk_usage(tmp_path), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: seen.append(path) or usage)
+    (tmp_path / "old").write_text("")
+    for name in (".", "old", "new/deep"):
+        files.require_space(tmp_path / name, 1)
+    assert seen == [tmp_path] * 3
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path, name):
     code = f"""

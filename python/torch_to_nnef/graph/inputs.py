@@ -14,6 +14,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorDynamicShapeValue,
     T2NErrorInvalidArgument,
     T2NErrorIoQuantity,
+    T2NErrorNotImplemented,
     expect,
     listed,
 )
@@ -138,7 +139,7 @@ def prepare(
                 "bind other values first, e.g. in a wrapper module or with functools.partial"
             )
         if leaf.is_quantized or leaf.layout is not torch.strided:
-            raise T2NErrorInvalidArgument(
+            raise T2NErrorNotImplemented(
                 f"argument {index} of the model is a tensor of {leaf.dtype}, {leaf.layout}; inputs of an archive are dense: "
                 "pass it as .dequantize() or .to_dense() gives it"
             )

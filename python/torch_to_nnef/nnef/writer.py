@@ -51,7 +51,9 @@ def check_replaceable(path: Path, form: str) -> None:
             return
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise T2NErrorInvalidArgument(f"{path} exists and is not a folder")
-        others = (p for p in path.rglob("*") if not (p.is_dir() or p.suffix == ".dat" or p.name in _TEXTS))
+        others = (
+            p for p in path.rglob("*") if p.is_symlink() or not (p.is_dir() or p.suffix == ".dat" or p.name in _TEXTS)
+        )
         if other := next(others, None):
             raise T2NErrorInvalidArgument(
                 f"{path} is not replaced, it holds more than an archive ({other.relative_to(path)}): move it away, or name another folder"
