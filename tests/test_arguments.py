@@ -50,7 +50,6 @@ def export(model, path, *, args=X, target=None, **options):
         ({"args": None}, "args"),
         ({"args": 3}, "args"),
         ({"args": X.numpy()}, "args"),
-        ({"args": X.to_sparse()}, "argument 0"),
         ({"args": (X, None)}, "argument 1"),
         ({"target": "tract"}, "inference_target"),
         ({"target": TractNNEF}, "inference_target"),
@@ -71,6 +70,11 @@ def test_export_says_which_argument(model, tmp_path, options, named):
     with pytest.raises(T2NErrorInvalidArgument, match=f"^{named}"):
         export(**{"model": model, "path": tmp_path, **options})
     assert not any(tmp_path.iterdir())
+
+
+def test_inputs_are_dense(model, tmp_path):
+    with pytest.raises(T2NErrorNotImplemented, match=r"^argument 0 .* torch\.sparse_coo; .* to_dense"):
+        export(model, tmp_path, args=X.to_sparse())
 
 
 @pytest.mark.parametrize(
