@@ -73,7 +73,7 @@ def test_export_says_which_argument(model, tmp_path, options, named):
 
 
 def test_inputs_are_dense(model, tmp_path):
-    with pytest.raises(T2NErrorNotImplemented, match=r"^argument 0 .* torch\.sparse_coo; .* to_dense"):
+    with pytest.raises(T2NErrorNotImplemented, match=r"^argument 0 .* torch\.sparse_coo; .*to_dense"):
         export(model, tmp_path, args=X.to_sparse())
 
 
