@@ -151,8 +151,13 @@ def killed(checkpoint, packed, folder, step):
 
 def test_all_workers_may_complete_the_folder_at_once(tmp_path):
     text = "x" * 100_000
+
+    def complete(_):
+        put(tmp_path, "config.json", text)
+        shutil.rmtree(tmp_path / ".t2n-work", ignore_errors=True)
+
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: put(tmp_path, "config.json", text), range(200)))
+        list(pool.map(complete, range(200)))
     assert (tmp_path / "config.json").read_text() == text
 
 

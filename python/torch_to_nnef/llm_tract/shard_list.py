@@ -18,6 +18,7 @@ import torch
 
 from torch_to_nnef._native import Staging, put_in_place
 from torch_to_nnef.exceptions import (
+    T2NError,
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
     T2NErrorNotFoundFile,
@@ -141,10 +142,16 @@ class Sources:
 
 def put(out: Path, name: str, content: str | bytes) -> None:
     """Replace `out/name` in one step; what a kill leaves is in the work folder. Raises `T2NErrorRuntime` when the system refuses."""
-    with Staging(out / WORK) as folder, writing(out / name):
-        beside = Path(folder) / name
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        put_in_place(beside, out / name)
+    content = content.encode() if isinstance(content, str) else content
+    try:
+        with Staging(out / WORK) as folder, writing(out / name):
+            beside = Path(folder) / name
+            beside.write_bytes(content)
+            put_in_place(beside, out / name)
+    except T2NError:
+        # Another worker may have put the same there, and then removed the work folder.
+        if not ((out / name).is_file() and (out / name).read_bytes() == content):
+            raise
 
 
 def sealed(work: Mapping[str, Any]) -> str:
