@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import malformed
+import malformed_operands
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ TABLES = {
     "names": malformed.names,
     "members": lambda: malformed.members(8),
     "graphs": lambda: malformed.graphs(3),
-    "operands": malformed.operands,
+    "operands": malformed_operands.operands,
     "misuses": malformed.misuses,
 }
 SLOW = {
