@@ -163,7 +163,9 @@ def test_a_config_of_a_language_model(tmp_path):
             Checkpoint.find(LlmOptions(export_dirpath=tmp_path / "out", local_dir=tmp_path))
 
 
-@pytest.mark.parametrize("name", ["..", "", ".", "../w", "/etc/passwd", "a/b", "a\0b", "\ud800", "a" * 256, 3, None, ["a"]])
+@pytest.mark.parametrize(
+    "name", ["..", "", ".", "../w", "/etc/passwd", "a/b", "a\0b", "\ud800", "a" * 256, 3, None, ["a"]]
+)
 def test_an_index_of_shards_stays_in_its_folder(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": name}}))

@@ -2,8 +2,11 @@
 
 import gzip
 import struct
+import subprocess
+import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,3 +174,33 @@ def test_preflight_alone_says_the_same(tmp_path):
     path.write_bytes(WEIGHTS["half a header"])
     with pytest.raises(T2NErrorInconsistentTensor, match=r"m\.tar: w\.dat: 64 bytes"):
         _native.preflight(path)
+
+
+def test_what_is_shipped_checks_overflow_as_tests_do():
+    """Sizes that overflow are panics, so errors, in these tests; unchecked they would be addresses."""
+    _, _, release = (Path(__file__).parents[2] / "Cargo.toml").read_text().partition("\n[profile.release]\n")
+    assert "\noverflow-checks = true\n" in release.partition("\n[")[0]
+
+
+LARGE = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from malformed import text
+from torch_to_nnef import TractModel
+model = TractModel.load_bytes(text("y = tile(x, repeats = [1228800, 1]);"))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (900 << 20),) * 2)
+try:
+    model.run(np.ones((4, 32), np.float32))
+except MemoryError:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory it has from /proc")
+def test_outputs_for_which_there_is_no_memory():
+    """600 MiB that tract has, and numpy has not."""
+    command = [sys.executable, "-c", LARGE, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7, done.stderr[-500:]

@@ -244,7 +244,8 @@ def test_chat_templates_do_what_transformers_promises(exported, tmp_path):
 
 
 @pytest.mark.parametrize("template", [
-    "{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{{ '%d' % 'x' }}", "{{ strftime_now(3) }}", "{{ raise_exception() }}", "{{ namespace(3) }}",
+    "{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{{ '%d' % 'x' }}", "{{ strftime_now(3) }}", "{{ raise_exception() }}",
+    "{{ namespace(3) }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 10 ** 100000 }}", "{{ " + "(" * 3000 + ")" * 3000 + " }}", "{{" * 300,
     3, [3], [{}], [{"name": "default"}], [{"name": "default", "template": 3}],
 ])  # fmt: skip
@@ -253,12 +254,13 @@ def test_chat_templates_of_strangers_are_answered(exported, tmp_path, template):
     shutil.copytree(exported() / "tokenizer", folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(T2NErrorInvalidArgument, match="the chat template (cannot be read|refuses these messages)"):
+    with pytest.raises(T2NErrorInvalidArgument, match=r"the chat template (cannot be read|refuses these messages)"):
         TextTokenizer(folder).encode_chat(ITALY)
 
 
 @pytest.mark.parametrize("config", [
-    '{"bos_token": {"a": 1}}', '{"bos_token": 3}', '{"eos_token": "\\ud800"}', '{"eos_token": ["x"]}', "[" * 100_000, '{"a":' * 100_000, "3",
+    '{"bos_token": {"a": 1}}', '{"bos_token": 3}', '{"eos_token": "\\ud800"}', '{"eos_token": ["x"]}', "[" * 100_000,
+    '{"a":' * 100_000, "3",
 ])  # fmt: skip
 def test_tokenizer_configs_of_strangers_are_answered(exported, tmp_path, config):
     folder = tmp_path / "tokenizer"

@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _content(token: Any) -> str:
     """A token is its text, or an object that says more of it."""
-    text = token.get("content") if isinstance(token, dict) else token
+    text: Any = token.get("content") if isinstance(token, dict) else token
     try:
         return str(text.encode(), "utf-8")
     except (AttributeError, UnicodeEncodeError) as error:
