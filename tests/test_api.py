@@ -216,6 +216,8 @@ def test_a_method_may_not_change_what_comes_out(model, tmp_path):
 def test_what_packing_cost_is_not_told_of_weights_that_came_packed(model, tmp_path):
     report = run(DEFAULT_COMPRESSION["q40"](model), tmp_path / "m.nnef", None)
     assert {(row.storage, row.snr_db) for row in report.rows} == {("q40", None)}
+    assert "q40" in str(report)
+    assert "q40" in report._repr_html_()
 
 
 @pytest.mark.parametrize("form", ["generator", "loader", "texts"])

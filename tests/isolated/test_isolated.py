@@ -100,6 +100,14 @@ def test_expected_outputs_are_compared(archive, tmp_path):
         json.dumps(found, allow_nan=False)
 
 
+def test_expected_integers_are_compared_exactly(archive, tmp_path):
+    body = malformed.graph("y = copy(x);").replace(b"<scalar>", b"<integer>")
+    path, large = archive(malformed.tar([("graph.nnef", body)])), np.full((4, 32), 2**60)
+    for expected, ok in ((large, True), (large + 1, False)):
+        isolated.save_arrays(tmp_path / "io.npz", {"x": large, "y": expected})
+        assert isolated.verify(path, tmp_path / "io.npz")["ok"] is ok
+
+
 @pytest.mark.parametrize("dims", ["B", "2*B+1", "(B+3)/2", "B, S", "B*S", "B-3"])
 def test_symbols_have_sizes(archive, dims):
     content = malformed.tar([("graph.nnef", malformed.graph("y = x + 1.0;").replace(b"[4, 32]", f"[{dims}]".encode()))])

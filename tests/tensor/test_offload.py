@@ -111,6 +111,14 @@ def test_what_torch_refuses_is_refused(plain, wrong):
             wrong(tensor)
 
 
+def test_torch_does_not_write_where_there_is_no_memory(plain):
+    tensor = offload(plain)
+    assert tensor.share_memory_() is tensor
+    with pytest.raises(T2NErrorMisuse):
+        tensor.apply_(abs)
+    assert torch.equal(tensor.load(), plain)
+
+
 def test_reading_as_python_and_numpy(plain):
     tensor = offload(plain)
     assert tensor.tolist() == plain.tolist()

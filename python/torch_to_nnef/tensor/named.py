@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, expect
+from torch_to_nnef.tensor.offload import OffloadedTensor
+from torch_to_nnef.tensor.quant.base import QTensor
 from torch_to_nnef.tensor.updater import ModTensorUpdater
 from torch_to_nnef.torch_internals import no_torch_function
 
@@ -30,6 +33,9 @@ class NamedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls: type[Self], tensor: torch.Tensor, nnef_name: str) -> Self:
         """Wrap `tensor`."""
+        expect("tensor", tensor, torch.Tensor, "a tensor")
+        if isinstance(tensor, (QTensor, OffloadedTensor)):
+            raise T2NErrorInvalidArgument(f"{tensor!r} has values elsewhere: set its attribute nnef_name instead")
         named = tensor.as_subclass(cls)
         named.nnef_name = nnef_name
         return named

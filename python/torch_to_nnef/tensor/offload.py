@@ -109,6 +109,10 @@ class OffloadedTensor(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # These never reach __torch_dispatch__.
+        if func is torch.Tensor.share_memory_:
+            return args[0]  # every process can read the file
+        if func is torch.Tensor.apply_:
+            raise _read_only(func)
         if func in _NEED_MEMORY:
             return func(*pytree.tree_map_only(OffloadedTensor, OffloadedTensor.load, args), **(kwargs or {}))
         with without_torch_function():

@@ -60,6 +60,7 @@ class ModTensorUpdater:
             T2NErrorInvalidArgument: The model does not hold it.
 
         """
+        expect("tensor", tensor, torch.Tensor, "a tensor")
         if id(tensor) not in self._entries:
             raise T2NErrorInvalidArgument(
                 f"the model holds no such tensor (shape {tuple(tensor.shape)}, {tensor.dtype})"
@@ -86,6 +87,7 @@ class ModTensorUpdater:
 
         """
         places = self.places(old)
+        expect("new", new, torch.Tensor, "a tensor")
         if new.shape != old.shape:
             raise T2NErrorInconsistentTensor(
                 f"`{places[0].fqn}` has shape {tuple(old.shape)}: cannot hold a tensor of shape {tuple(new.shape)}"

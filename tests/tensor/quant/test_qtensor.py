@@ -5,6 +5,7 @@ import io
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorMisuse,
     T2NErrorNotImplemented,
 )
+from torch_to_nnef.tensor import ModTensorUpdater, NamedTensor
 from torch_to_nnef.tensor.quant import (
     BitPacking,
     Huffman,
@@ -131,7 +133,7 @@ def write_requires_grad(q):
         lambda q: q.copy_(torch.zeros(8, 64)), lambda q: q.copy_(quantize_q40(torch.ones(4, 128))), lambda q: q.t_(),
         lambda q: torch.add(torch.zeros(8, 64), 1, out=q), lambda q: torch._foreach_add_([torch.zeros(8, 64), q], 1),
         lambda q: q.detach().mul_(2), lambda q: q.data.mul_(2), lambda q: nn.init.zeros_(q), lambda q: q.set_(torch.zeros(8, 64)),
-        lambda q: q.index_fill_(0, torch.tensor([0]), 0.0), lambda q: q.__ior__(1),
+        lambda q: q.index_fill_(0, torch.tensor([0]), 0.0), lambda q: q.__ior__(1), lambda q: q.apply_(abs),
     ],
 )  # fmt: skip
 def test_writes_are_refused_and_change_nothing(q, write):
@@ -140,6 +142,36 @@ def test_writes_are_refused_and_change_nothing(q, write):
         write(q)
     assert (packed_bytes(q), q.shape, q.dtype) == before
     assert not q.requires_grad
+
+
+def test_reading_as_python_and_numpy(q):
+    values = q.decompress()
+    assert q.tolist() == values.tolist()
+    assert (q.numpy() == values.numpy()).all()
+    assert (np.asarray(q) == values.numpy()).all()
+
+
+def test_codes_are_shared_between_processes(model):
+    codes = {name: p.clone() for name, p in model.named_parameters()}
+    model.share_memory()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, codes[name])
+        if isinstance(parameter, QTensor):
+            assert all(part.is_shared() for part in (parameter.u8_blob, parameter.qscheme.scale))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda q: quantize_q40(None), lambda q: QScalePerGroupF16(32, None, 4), lambda q: QTensor(None, q.qscheme),
+        lambda q: QTensor(q.decompress(), 3), lambda q: NamedTensor(None, "a"), lambda q: NamedTensor(q, "a"),
+        lambda q: ModTensorUpdater(nn.Linear(2, 2)).update_by_name("weight", None),
+        lambda q: ModTensorUpdater(nn.Linear(2, 2)).update_by_ref(None, q),
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_is_refused(q, make):
+    with pytest.raises(T2NErrorInvalidArgument, match=r"is expected|nnef_name"):
+        make(q)
 
 
 def test_load_state_dict_of_a_float_is_refused(model):

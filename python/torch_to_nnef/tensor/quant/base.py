@@ -15,6 +15,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorInvalidArgument,
     T2NErrorMisuse,
     T2NErrorNotImplemented,
+    expect,
 )
 from torch_to_nnef.tensor.chunks import flat_chunks
 from torch_to_nnef.tensor.offload import loaded, offload
@@ -71,6 +72,8 @@ class QTensor(torch.Tensor):
         u8_compressors: Sequence[U8Compressor] | None = None,
     ) -> Self:
         """Quantize `fp_tensor` and pack its codes."""
+        expect("fp_tensor", fp_tensor, torch.Tensor, "a tensor")
+        expect("qscheme", qscheme, QScheme, "a QScheme")
         compressors = cls.default_compressors() if u8_compressors is None else tuple(u8_compressors)
         blob = cls.encode(fp_tensor, qscheme, compressors)
         return cls.from_packed(blob, fp_tensor.shape, qscheme, dequant_to_dtype, compressors)
@@ -270,6 +273,12 @@ class QTensor(torch.Tensor):
                 raise _read_only(func)
             if func in _ASKS_GRADIENT and (*args, kwargs.get("requires_grad", True))[1]:
                 raise T2NErrorMisuse(f"{args[0]!r} cannot require a gradient: its codes are integers")
+            if func is torch.Tensor.share_memory_:
+                for tensor in args[0]._payload():
+                    tensor.share_memory_()
+                return args[0]
+            if func in _READS_MEMORY:
+                return func(args[0].decompress(), *args[1:], **kwargs)
         with without_torch_function():
             return func(*args, **kwargs)
 
@@ -293,7 +302,9 @@ class QTensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
-_REPLACES = (torch.Tensor.__setitem__, torch.Tensor.set_, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_REPLACES = (torch.Tensor.__setitem__, torch.Tensor.set_, _SET_DATA, torch.Tensor.apply_, torch.Tensor.map_)
+_READS_MEMORY = (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__)
 _ASKS_GRADIENT = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 
 

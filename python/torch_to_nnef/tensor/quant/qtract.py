@@ -17,6 +17,7 @@ from torch_to_nnef.exceptions import (
     T2NErrorImpossibleQuantization,
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
+    expect,
 )
 from torch_to_nnef.files import writing
 from torch_to_nnef.tensor.chunks import flat_chunks, rows_of
@@ -318,6 +319,7 @@ def quantize_q40(
         T2NErrorImpossibleQuantization: Shape, NaN, Inf, or a scale beyond f16, with the tensor and the place.
 
     """
+    expect("fp_tensor", fp_tensor, torch.Tensor, "a tensor")
     what = f"tensor `{name}` of shape {tuple(fp_tensor.shape)}"
     if fp_tensor.dtype not in FLOAT_DTYPES or fp_tensor.is_meta:
         raise T2NErrorImpossibleQuantization(

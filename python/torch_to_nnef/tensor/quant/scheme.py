@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from torch_to_nnef.exceptions import T2NErrorImpossibleQuantization, T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorImpossibleQuantization, T2NErrorInvalidArgument, expect
 from torch_to_nnef.tensor.chunks import flat_chunks
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class QScalePerGroupF16(QScheme):
     tensor_names: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __post_init__(self) -> None:
+        expect("scale", self.scale, torch.Tensor, "a tensor")
         if self.group_size < 1 or not 1 <= self.n_bits <= 8:
             raise T2NErrorInvalidArgument(
                 f"group_size must be positive and n_bits in 1..8: got {self.group_size} and {self.n_bits}"
