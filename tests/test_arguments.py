@@ -13,7 +13,6 @@ from torch_to_nnef.exceptions import (
     T2NErrorDynamicShapeValue,
     T2NErrorInconsistentTensor,
     T2NErrorInvalidArgument,
-    T2NErrorIoQuantity,
     T2NErrorNotImplemented,
 )
 from torch_to_nnef.export_tensors import export_tensors_from_disk_to_nnef, export_tensors_to_nnef
@@ -165,7 +164,7 @@ def test_one_file_of_arrays_needs_no_list(tmp_path):
 @pytest.mark.parametrize(
     ("model", "args", "error"),
     [
-        (Calls(lambda x: None), X, T2NErrorIoQuantity),
+        (Calls(lambda x: None), X, T2NErrorNotImplemented),
         (Calls(lambda x: x + 1), X.bfloat16(), T2NErrorNotImplemented),
         (nn.Linear(32, 32, device="meta"), X, T2NErrorInvalidArgument),
     ],

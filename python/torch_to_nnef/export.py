@@ -237,8 +237,6 @@ def relower(
 def _output_names(naming: Naming, count: int) -> tuple[str, ...]:
     defaults = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
     given = list(listed("output_names", naming.outputs)) if naming.outputs is not None else defaults
-    if not count:
-        raise T2NErrorIoQuantity("the model returns no tensor: there is nothing to export")
     if naming.counts_must_match and len(given) != count:
         raise T2NErrorIoQuantity(f"{len(given)} output names {given} for {count} output tensors")
     names = (given + defaults[len(given) :])[:count]

@@ -158,6 +158,8 @@ class _Converter:
             raise keeps_state({fqn: _where(by_name[name]) for name, fqn in mutated.items()})
         leaves = [leaf for leaf in pytree.tree_leaves(node.args) if leaf is not None]
         values: list[Any] = [self.env.get(leaf) if isinstance(leaf, FxNode) else leaf for leaf in leaves]
+        if not values:
+            raise T2NErrorNotImplemented("the model returns no tensor: there is nothing to export")
         for index, value in enumerate(values):
             if not isinstance(value, Value):
                 raise T2NErrorNotImplemented(
