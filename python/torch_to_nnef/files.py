@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch_to_nnef._native import Staging, put_in_place
-from torch_to_nnef.exceptions import T2NError, T2NErrorInvalidArgument, T2NErrorRuntime, expect
+from torch_to_nnef.exceptions import T2NError, T2NErrorRuntime, expect
 
 # As TEMP_PREFIX in src/fsio.rs.
 _UNFINISHED = ".t2n-unfinished-"
@@ -26,11 +26,8 @@ def staged(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file or folder to; put in place of `path` in one step if the block ends well, else removed.
 
     Folders above `path` are made, and go again if the block fails. What processes that were killed left beside `path` is removed.
-    Raises `T2NErrorRuntime` when the system refuses, `T2NErrorInvalidArgument` at the path of a device or pipe.
+    Raises `T2NErrorRuntime` when the system refuses, `T2NErrorInvalidArgument` where `path` is of another kind (a device, a pipe).
     """
-    with writing(path):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise T2NErrorInvalidArgument(f"{path} exists and is a device or pipe, which a file would replace")
     with Staging(path.parent) as folder:
         beside = Path(folder) / path.name
         yield beside
