@@ -113,7 +113,7 @@ def outcome(sample: Sample, dtype: str) -> Outcome:
 
 def dynamic(op) -> str:
     """Which axes may be symbols, over the first samples with axes: `all` (equal sizes share one), `first`, or `none`."""
-    dtype = torch.float32 if torch.float32 in op.dtypes else next(iter(op.dtypes), None)
+    dtype = next((dtype for dtype in (*DTYPES.values(), torch.complex64) if dtype in op.dtypes), None)
     if dtype is None:  # of GPUs only
         return "none"
     for sample in itertools.islice(samples(op, dtype), 3):
