@@ -16,7 +16,7 @@ from torch import nn
 
 from torch_to_nnef._native import __version__, tract_version
 from torch_to_nnef.compress import DEFAULT_COMPRESSION, Choice, Method, needs_calibration, takes
-from torch_to_nnef.exceptions import T2NErrorInvalidArgument
+from torch_to_nnef.exceptions import T2NErrorInvalidArgument, expect
 from torch_to_nnef.export import Naming, Plan, Steps, captured_graph, check, check_types, relower, staged
 from torch_to_nnef.files import as_path
 from torch_to_nnef.graph.capture import Captured, eval_mode
@@ -95,7 +95,7 @@ def quantize_and_verify(
     Raises what `export_model_to_nnef` raises, `T2NErrorInvalidArgument` for a method that does not exist or a path that does, and
     `T2NErrorImpossibleQuantization`. On any error nothing is written, and `model` is as it was.
     """
-    check_types(model, inference_target or TractNNEF.latest(), progress)
+    check_types(model, progress)
     target = _target(inference_target, dynamic_axes)
     destination, form = target_path(path, None if str(path).endswith(".nnef") else 0)
     if destination.exists() and not force:
@@ -194,7 +194,7 @@ def sensitivity(
     Raises what methods and capture raise, and `T2NErrorInvalidArgument` for a method that changes other weights too, as those do that
     scale inputs or learn norms.
     """
-    check_types(model, TractNNEF.latest(), progress)
+    check_types(model, progress)
     data = as_calibration(calibration, tokenizer, model)
     choice, copied = Choice(method, registry), copy_model(model, share_weights=registry is DEFAULT_COMPRESSION)
     if uses is None:
@@ -246,6 +246,7 @@ def _captured_again(
 
 def _target(target: TractNNEF | None, dynamic_axes: DynamicAxes | None) -> TractNNEF:
     target = target or TractNNEF.latest()
+    expect("inference_target", target, TractNNEF, "a TractNNEF")
     given, more = target.dynamic_axes or {}, TractNNEF.latest(dynamic_axes=dynamic_axes).dynamic_axes or {}
     return replace(
         target, dynamic_axes={name: {**given.get(name, {}), **more.get(name, {})} for name in {**given, **more}}

@@ -293,12 +293,12 @@ def call_method(
         T2NErrorInvalidArgument: `fn` returned something that is not a module.
 
     """
-    parameters = inspect.signature(fn).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    signature = inspect.signature(fn)
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
     given = {"tokenizer": tokenizer, "export_dirpath": export_dirpath, "local_dir": local_dir}
-    given |= {k: v for k, v in extras.items() if takes_all or k in parameters}
+    given |= {k: v for k, v in extras.items() if takes_all or k in signature.parameters}
     try:
-        inspect.signature(fn).bind(model, **given)
+        signature.bind(model, **given)
     except TypeError as error:
         raise T2NErrorInvalidArgument(
             f"a method is called as fn(model, tokenizer=, export_dirpath=, local_dir=), which {fn!r} does not take: {error}"

@@ -85,7 +85,8 @@ def export_model_to_nnef(
     `T2NErrorConsistency` for a packed weight in a use tract computes wrongly; `T2NErrorTract` if tract refuses the archive;
     `T2NErrorIOPytorchTractNotISO` if its outputs are not torch's. The model is left as it came, and a file at the path untouched.
     """
-    check_types(model, inference_target)
+    check_types(model)
+    expect("inference_target", inference_target, TractNNEF, "a TractNNEF")
     expect("log_level", log_level, int, "a level such as logging.INFO")
     path, form = target_path(file_path_export, compression_level)
     check_replaceable(path, form)
@@ -107,10 +108,9 @@ def export_model_to_nnef(
     return path
 
 
-def check_types(model: object, target: object, progress: object = None) -> None:
-    """Raise `T2NErrorInvalidArgument` unless these are a module, a target that can be served, and a function or nothing."""
+def check_types(model: object, progress: object = None) -> None:
+    """Raise `T2NErrorInvalidArgument` unless these are a module, and a function or nothing."""
     expect("model", model, nn.Module, "a torch.nn.Module")
-    expect("inference_target", target, TractNNEF, "a TractNNEF")
     expect("progress", progress, (Callable, type(None)), "a function")  # type: ignore[arg-type]
 
 

@@ -111,7 +111,8 @@ def t2n_load_checkpoint_and_dispatch(
     tensors = checkpoint_tensors(Path(checkpoint))
     held = ModTensorUpdater(model)
     names = {place.fqn: tensor for _, tensor in held.tensors() for place in held.places(tensor)}
-    given = {id(names[name]) for name in tensors if name in names}
+    found = [name for name in tensors if name in names]
+    given = {id(names[name]) for name in found}
     kept = model.state_dict().keys()
     absent = [name for name, tensor in names.items() if id(tensor) not in given]
     if unset := [name for name in absent if name not in kept and names[name].is_meta]:
@@ -125,18 +126,18 @@ def t2n_load_checkpoint_and_dispatch(
         if strict:
             raise T2NErrorInconsistentTensor(f"{said}; strict=False leaves them out")
         LOGGER.warning("%s", said)
-    if other := [name for name in tensors if name in names and names[name].shape != tensors[name].shape]:
+    if other := [name for name in found if names[name].shape != tensors[name].shape]:
         shapes = tuple(tensors[other[0]].shape), tuple(names[other[0]].shape)
         raise T2NErrorInconsistentTensor(
             f"{checkpoint}: {few(other)} have another shape than in the model, {shapes[0]} and not {shapes[1]}"
         )
-    if other := [n for n in tensors if n in names and names[n].is_floating_point() != tensors[n].is_floating_point()]:
+    if other := [n for n in found if names[n].is_floating_point() != tensors[n].is_floating_point()]:
         dtypes = tensors[other[0]].dtype, names[other[0]].dtype
         raise T2NErrorInconsistentTensor(f"{checkpoint}: {few(other)} hold {dtypes[0]}, in the model {dtypes[1]}")
     first: dict[int, str] = {}
-    for name in filter(names.__contains__, tensors):
+    for name in found:
         known = first.setdefault(id(names[name]), name)
-        if not _same_values(tensors[known], tensors[name]):
+        if known != name and not _same_values(tensors[known], tensors[name]):
             raise T2NErrorInconsistentTensor(
                 f"{checkpoint} has other values in {name} than in {known}, which are one weight in the model"
             )
@@ -155,7 +156,7 @@ def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     if isinstance(a, QTensor) and isinstance(b, QTensor):
         return a.is_identical(b)
     parts = (tensor.reshape(-1).split(_COMPARED) for tensor in (a, b))  # type: ignore[no-untyped-call]
-    return a is b or (a.dtype == b.dtype and all(torch.equal(x, y) for x, y in zip(*parts, strict=True)))
+    return a.dtype == b.dtype and all(torch.equal(x, y) for x, y in zip(*parts, strict=True))
 
 
 def _device_map(device_map: str | Mapping[str, str]) -> Mapping[str, str]:
